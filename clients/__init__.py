@@ -1,0 +1,1 @@
+"""Python SDK and load generator; imports nothing of the rest."""

@@ -1,0 +1,1 @@
+"""Kernel-shaped operations, each beside its plain-PyTorch twin."""

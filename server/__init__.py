@@ -1,0 +1,1 @@
+"""Aquifer's service: HTTP routes, engine, model adapters, settings, metrics, command line."""

@@ -1,0 +1,1 @@
+"""The step loop: prefix lookup, restore, chunked prefill, store, batched decode."""

@@ -1,0 +1,1 @@
+"""Adapters between Hugging Face decoders and the engine."""

@@ -1,0 +1,1 @@
+"""Context-intensive tasks, scorers, evaluation."""

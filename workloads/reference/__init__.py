@@ -1,0 +1,1 @@
+"""The bundled reference model: tokenizer, training data, training loop."""
