@@ -1,0 +1,82 @@
+"""What a codec is. `make_codec` turns a name from the settings into one."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from aquifer.compression.predictors import Predictors
+from aquifer.compression.raw import RawCodec
+from aquifer.compression.spec import KVSpec
+from torch import Tensor
+
+
+class SegmentDecoder(Protocol):
+    """Decodes several segments, not necessarily neighbours, side by side and layer by layer."""
+
+    def decode_layer(self, slices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Reconstruct the next layer; called for layers 0 to L-1 in order.
+
+        slices[i]: uint8 [layer_bytes(layer, counts[i])], on the device of the decoder.
+        Returns pre-RoPE keys and values [T, C], T = sum(counts), in the codec's dtype ("raw": the model's).
+        """
+        ...
+
+
+class Codec(Protocol):
+    """Turns pre-RoPE keys and values into segments of bytes and back.
+
+    A segment is layer-major, so layer l is one contiguous slice that can be sent while layer l-1 is
+    reconstructed. Its bytes depend on its own tokens only, so segments can be shared between prefixes.
+    """
+
+    @property
+    def name(self) -> str:
+        """ "raw", "higgs:2|3|4" or "aqua:2|3|4"."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex name of everything that changes bytes or arithmetic."""
+        ...
+
+    @property
+    def spec(self) -> KVSpec: ...
+
+    def layer_bytes(self, layer: int, num_tokens: int) -> int:
+        """Size of one layer's slice of a segment."""
+        ...
+
+    def segment_bytes(self, num_tokens: int) -> int:
+        """Size of a segment: the sum of its layers."""
+        ...
+
+    def encode(self, keys: Tensor, values: Tensor, counts: Sequence[int]) -> list[Tensor]:
+        """Encode consecutive segments of counts[i] tokens in one pass.
+
+        keys, values: [L, T, C] before RoPE, any float dtype, T = sum(counts).
+        Returns one uint8 tensor [segment_bytes(counts[i])] per segment, on the same device.
+        Raises ValueError for other shapes and, unless the codec is "raw", for values that are not finite.
+        """
+        ...
+
+    def decoder(self, counts: Sequence[int], device: torch.device) -> SegmentDecoder:
+        """A decoder for segments of counts[i] tokens whose bytes are on `device`."""
+        ...
+
+
+def make_codec(
+    name: str,
+    spec: KVSpec,
+    *,
+    device: torch.device,
+    codec_dtype: torch.dtype,
+    predictors: Predictors | None = None,
+) -> Codec:
+    """The codec called `name` for caches of this geometry, with its tables on `device`.
+
+    codec_dtype: the dtype of the state between layers and of decoded KV; float32 on a CPU, bfloat16 on CUDA.
+    Raises ValueError for an unknown name.
+    """
+    if name == "raw":
+        return RawCodec(spec)
+    raise ValueError(f"unknown codec {name!r}: use raw")

@@ -1,0 +1,124 @@
+"""The calibrated part of AQUA-KV: what predicts a layer from what is already reconstructed.
+
+PredictorsError(ValueError)   missing, damaged, or calibrated for another model
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+WEIGHTS_FILE = "predictors.safetensors"
+CARD_FILE = "card.json"
+
+
+class PredictorsError(ValueError):
+    """Predictors that must not be used."""
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """How well one layer is coded, measured on held-out sequences."""
+
+    layer: int
+    key_error: float
+    """Relative squared error of the reconstructed keys: |K - K^|² / |K|²."""
+    value_error: float
+    key_explained: float
+    """Share of the keys' variance that the prediction explains (layer 0: nothing is predicted)."""
+    value_explained: float
+
+
+@dataclass(frozen=True)
+class PredictorCard:
+    """Where predictors come from."""
+
+    model_fingerprint: str
+    data: str
+    """What was read, in words or as a path."""
+    tokens: int
+    seed: int
+    ridge: float
+    """λ as a share of the mean diagonal of X'X."""
+    bits: int
+    """Bits of the residuals in the closed loop in which the predictors were fitted."""
+    layers: list[LayerFit]
+
+
+@dataclass(frozen=True)
+class Predictors:
+    """Means of layer 0 and linear maps of the others, all in the rotated domain.
+
+    Keys of layer l from keys of layer l-1, values of layer l from keys of layer l beside values of
+    layer l-1. A map is y = x @ weight + bias; weights are bfloat16, everything else float32.
+    """
+
+    key_mean: Tensor
+    """[C]"""
+    value_mean: Tensor
+    """[C]"""
+    key_weight: Tensor
+    """[L-1, C, C]; entry l-1 belongs to layer l."""
+    key_bias: Tensor
+    """[L-1, C]"""
+    value_weight: Tensor
+    """[L-1, 2C, C]"""
+    value_bias: Tensor
+    """[L-1, C]"""
+    card: PredictorCard
+
+    @property
+    def num_layers(self) -> int:
+        return self.key_weight.shape[0] + 1
+
+    @property
+    def channels(self) -> int:
+        return self.key_mean.shape[0]
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 over names, dtypes, shapes and bytes of the tensors, in hex."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self._tensors().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write the weights and, beside them, the card."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: t.cpu().contiguous() for k, t in self._tensors().items()}, folder / WEIGHTS_FILE)
+        card = asdict(self.card) | {"hash": self.hash}
+        (folder / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path, model_fingerprint: str) -> "Predictors":
+        """Read predictors calibrated for this model. Raises PredictorsError for any others."""
+        try:
+            card = json.loads((folder / CARD_FILE).read_text())
+            tensors = load_file(folder / WEIGHTS_FILE)
+        except FileNotFoundError as error:
+            raise PredictorsError(
+                f"no predictors in {folder}: make them with `aquifer calibrate`, or use the codec higgs:4"
+            ) from error
+        stored_hash = card.pop("hash")
+        layers = [LayerFit(**fit) for fit in card.pop("layers")]
+        predictors = cls(**tensors, card=PredictorCard(**card, layers=layers))
+        if predictors.hash != stored_hash:
+            raise PredictorsError(f"{folder / WEIGHTS_FILE} is not the file that its card describes")
+        if predictors.card.model_fingerprint != model_fingerprint:
+            raise PredictorsError(
+                f"the predictors in {folder} were calibrated for model {predictors.card.model_fingerprint}, "
+                f"this is {model_fingerprint}: calibrate this model with `aquifer calibrate`, "
+                "or use the codec higgs:4"
+            )
+        return predictors
+
+    def _tensors(self) -> dict[str, Tensor]:
+        names = ("key_mean", "value_mean", "key_weight", "key_bias", "value_weight", "value_bias")
+        return {name: getattr(self, name) for name in names}

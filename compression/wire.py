@@ -1,0 +1,136 @@
+"""The record: how one segment, or the sink tokens, travels and rests in RAM and Redis.
+
+    offset 0      magic "AQKV" | version u16 | header length u16        (little-endian)
+    offset 8      msgpack header, then zeros up to HEADER_BYTES
+    offset 256    body                                                  (64-byte aligned)
+    end - 16      xxh3-128 over everything before it
+
+The header area has a fixed size, so a codec's records have one size per token count and fit fixed slots.
+`verify` is the full check, made once when a record comes in from outside; `open_record` is the cheap one,
+made at every use. Whatever either refuses is a miss to the caller, never a guess.
+
+    WireError(ValueError)
+    ├── DamagedRecordError   truncated, checksum differs, header does not parse
+    ├── UnknownFormatError   another magic or version, or a header field this version does not know
+    └── ForeignRecordError   sound, but of another kind, codec, chain or length than asked for
+"""
+
+import struct
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+import msgpack
+import xxhash
+
+RecordKind = Literal["segment", "sinks"]
+Buffer = bytes | bytearray | memoryview
+
+MAGIC = b"AQKV"
+VERSION = 1
+HEADER_BYTES = 256
+CHECKSUM_BYTES = 16
+CHAIN_BYTES = 32
+
+_PREFIX = struct.Struct("<4sHH")
+
+
+class WireError(ValueError):
+    """A record that must not be used."""
+
+
+class DamagedRecordError(WireError):
+    """Bytes are missing or changed."""
+
+
+class UnknownFormatError(WireError):
+    """Written by a program that speaks another format."""
+
+
+class ForeignRecordError(WireError):
+    """A sound record, but not the one asked for."""
+
+
+@dataclass(frozen=True)
+class RecordHeader:
+    """What a record says about itself."""
+
+    kind: RecordKind
+    codec: str
+    """Fingerprint of the codec that wrote the body."""
+    chain: bytes
+    """The 32-byte key digest the record is stored under."""
+    start: int
+    """Position of the first token in its sequence."""
+    num_tokens: int
+
+
+_FIELDS = {field.name for field in fields(RecordHeader)} | {"body_bytes"}
+
+
+def record_bytes(body_bytes: int) -> int:
+    """Exact size of a record with a body of `body_bytes`."""
+    return HEADER_BYTES + body_bytes + CHECKSUM_BYTES
+
+
+def seal(header: RecordHeader, body: Buffer) -> bytes:
+    """Wrap `body` into a record. Raises ValueError if the header does not fit its area."""
+    view = memoryview(body).cast("B")
+    if len(header.chain) != CHAIN_BYTES:
+        raise ValueError(f"a chain digest has {CHAIN_BYTES} bytes, not {len(header.chain)}")
+    packed = msgpack.packb(asdict(header) | {"body_bytes": view.nbytes})
+    if _PREFIX.size + len(packed) > HEADER_BYTES:
+        raise ValueError(
+            f"a record header takes at most {HEADER_BYTES - _PREFIX.size} bytes, this one {len(packed)}: "
+            "shorten the codec fingerprint"
+        )
+    head = (_PREFIX.pack(MAGIC, VERSION, len(packed)) + packed).ljust(HEADER_BYTES, b"\0")
+    digest = xxhash.xxh3_128(head)
+    digest.update(view)
+    return b"".join((head, view, digest.digest()))
+
+
+def verify(record: Buffer) -> None:
+    """Check every byte of a record. Raises WireError."""
+    view = memoryview(record).cast("B")
+    _parse(view)
+    if xxhash.xxh3_128_digest(view[:-CHECKSUM_BYTES]) != view[-CHECKSUM_BYTES:]:
+        raise DamagedRecordError(f"checksum of a {view.nbytes}-byte record differs")
+
+
+def open_record(record: Buffer, *, kind: RecordKind, codec: str, chain: bytes, num_tokens: int) -> memoryview:
+    """The body of a record that was verified when it came in. No checksum is computed.
+
+    Raises WireError unless the record is of this version and says exactly what is asked for.
+    """
+    view = memoryview(record).cast("B")
+    header = _parse(view)
+    asked = {"kind": kind, "codec": codec, "chain": chain, "num_tokens": num_tokens}
+    for name, value in asked.items():
+        if header[name] != value:
+            raise ForeignRecordError(f"asked for a record with {name} {value!r}, found {header[name]!r}")
+    return view[HEADER_BYTES:-CHECKSUM_BYTES]
+
+
+def _parse(view: memoryview) -> dict[str, Any]:
+    if view.nbytes < record_bytes(0):
+        raise DamagedRecordError(f"a record has at least {record_bytes(0)} bytes, this one {view.nbytes}")
+    magic, version, length = _PREFIX.unpack_from(view)
+    if magic != MAGIC:
+        raise UnknownFormatError(f"a record starts with {MAGIC!r}, this one with {magic!r}")
+    if version != VERSION:
+        raise UnknownFormatError(f"record version {version}; this program reads version {VERSION}")
+    if length > HEADER_BYTES - _PREFIX.size:
+        raise DamagedRecordError(f"a header of {length} bytes does not fit {HEADER_BYTES}")
+    try:
+        header = msgpack.unpackb(view[_PREFIX.size : _PREFIX.size + length])
+    except (ValueError, msgpack.UnpackException) as error:
+        raise DamagedRecordError("the header is not msgpack") from error
+    if not isinstance(header, dict):
+        raise DamagedRecordError("the header is not a map")
+    if header.keys() != _FIELDS:
+        odd = sorted(map(str, header.keys() ^ _FIELDS))
+        raise UnknownFormatError(f"header fields unknown or missing: {', '.join(odd)}")
+    body_bytes = header["body_bytes"]
+    if not isinstance(body_bytes, int) or record_bytes(body_bytes) != view.nbytes:
+        raise DamagedRecordError(f"a record of {view.nbytes} bytes says that its body has {body_bytes!r}")
+    return header
