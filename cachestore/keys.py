@@ -1,0 +1,115 @@
+"""Names of segments: who made the bytes, for whom, and for which tokens.
+
+A key is a namespace (model, codec, tenant) and a digest of every token up to the segment's end.
+Both are cryptographic: a short or process-seeded hash would sooner or later hand one prompt the
+cache of another.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from blake3 import blake3
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+NAMESPACE_BYTES = 16
+DIGEST_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentKey:
+    """Name of one stored record, equal for equal namespace and digest.
+
+    namespace: 16 bytes from `make_namespace`
+    digest:    32 bytes, blake3 over the whole token prefix
+    parent:    digest of the record before this one, None for the first. Not part of the identity
+               (the digest already covers it); it tells a tier which records form one prefix, so
+               that eviction can take the end of a prefix before its beginning.
+    """
+
+    namespace: bytes
+    digest: bytes
+    parent: bytes | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def redis_name(self) -> bytes:
+        return b"aquifer:s:%s:%s" % (self.namespace.hex().encode(), self.digest.hex().encode())
+
+
+@dataclass(frozen=True, slots=True)
+class PromptKeys:
+    """Keys of one prompt: its sink record, then one key for each full segment, in order."""
+
+    sinks: SegmentKey | None
+    segments: tuple[SegmentKey, ...]
+
+
+def make_namespace(model_fingerprint: str, codec_fingerprint: str, tenant_salt: str) -> bytes:
+    """Return 16 bytes that differ whenever any of the three fields differs.
+
+    Fields are length-prefixed, so that ("ab", "c") and ("a", "bc") stay apart.
+    """
+    hasher = blake3(b"aquifer namespace")
+    for text in (model_fingerprint, codec_fingerprint, tenant_salt):
+        field_bytes = text.encode()
+        hasher.update(len(field_bytes).to_bytes(8, "little"))
+        hasher.update(field_bytes)
+    return hasher.digest(length=NAMESPACE_BYTES)
+
+
+def chain_keys(
+    namespace: bytes,
+    token_ids: Sequence[int] | Buffer,
+    *,
+    segment_tokens: int = 256,
+    sink_tokens: int = 4,
+) -> PromptKeys:
+    """Name the sinks and every full segment of a prompt.
+
+    token_ids: integers, or a buffer of integers (array, numpy array), or raw little-endian int32
+    as bytes. A prompt shorter than `sink_tokens` has no sinks; a tail shorter than
+    `segment_tokens` has no key.
+    Raises ValueError for a namespace that is not 16 bytes or a buffer that holds no integers,
+    OverflowError for an id outside int32.
+    """
+    if len(namespace) != NAMESPACE_BYTES:
+        raise ValueError(f"a namespace has {NAMESPACE_BYTES} bytes, got {len(namespace)}")
+    ids = _int32_bytes(token_ids)
+    sinks = None
+    if len(ids) >= 4 * sink_tokens > 0:
+        # A domain tag each: the sink record of 4 tokens is not a segment of 4 tokens.
+        sinks = SegmentKey(namespace, blake3(b"aquifer sinks" + namespace + ids[: 4 * sink_tokens]).digest())
+
+    parent = sinks.digest if sinks else None
+    digest = blake3(b"aquifer segments" + namespace).digest()
+    segments = []
+    step = 4 * segment_tokens
+    for start in range(0, len(ids) - step + 1, step):
+        digest = blake3(digest + ids[start : start + step]).digest()
+        segments.append(SegmentKey(namespace, digest, parent))
+        parent = digest
+    return PromptKeys(sinks, tuple(segments))
+
+
+def _int32_bytes(token_ids: Sequence[int] | Buffer) -> bytes:
+    """Return token ids as little-endian int32, the form that is hashed."""
+    if isinstance(token_ids, bytes | bytearray):
+        if len(token_ids) % 4:
+            raise ValueError(f"{len(token_ids)} bytes are no whole number of int32 token ids")
+        return bytes(token_ids)
+    if isinstance(token_ids, Sequence) and not isinstance(token_ids, array | memoryview):
+        ids = array("i", token_ids)
+    else:
+        view = memoryview(token_ids)
+        if view.format not in {"b", "B", "h", "H", "i", "I", "l", "L", "q", "Q"}:
+            raise ValueError(f"token ids must be integers, got a buffer of format {view.format!r}")
+        ids = array("i", view.tolist())
+    if sys.byteorder == "big":
+        ids.byteswap()
+    return ids.tobytes()

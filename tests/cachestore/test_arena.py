@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import pytest
+
+from aquifer.cachestore.arena import RamArena
+from aquifer.cachestore.keys import SegmentKey, chain_keys, make_namespace
+
+NAMESPACE = make_namespace("model", "codec", "")
+
+
+def chain(length: int, first_token: int = 0) -> tuple[SegmentKey, ...]:
+    return chain_keys(NAMESPACE, range(first_token, first_token + 8 * length), segment_tokens=8).segments
+
+
+def held(arena: RamArena, keys: tuple[SegmentKey, ...]) -> list[int]:
+    return [index for index, found in enumerate(arena.contains(keys)) if found]
+
+
+def touch(arena: RamArena, keys: tuple[SegmentKey, ...]) -> None:
+    for lease in arena.get(keys):
+        assert lease is not None
+        lease.release()
+
+
+def test_a_prefix_put_in_order_loses_its_end_first() -> None:
+    arena = RamArena(4 * 256, 256)
+    old, new = chain(4), chain(3, first_token=1000)
+    for key in old:
+        assert arena.put(key, b"old")
+    for evicted, key in enumerate(new, start=1):
+        assert arena.put(key, b"new")
+        assert held(arena, old) == list(range(4 - evicted))
+
+
+def test_a_prefix_got_again_outlives_a_newer_one_and_loses_its_end_first() -> None:
+    arena = RamArena(6 * 256, 256)
+    used, unused, new = chain(3), chain(3, 1000), chain(5, 2000)
+    for key in used + unused:
+        arena.put(key, b"x")
+    touch(arena, used)
+    for key in new[:3]:
+        arena.put(key, b"x")
+    assert (held(arena, used), held(arena, unused)) == ([0, 1, 2], [])
+    for key in new[3:]:
+        arena.put(key, b"x")
+    assert held(arena, used) == [0]
+
+
+def test_release_order_does_not_decide_what_is_evicted() -> None:
+    arena = RamArena(3 * 256, 256)
+    keys, new = chain(3), chain(1, 1000)
+    for key in keys:
+        arena.put(key, b"x")
+    for lease in arena.get(keys):
+        assert lease is not None
+        lease.release()
+    assert arena.put(new[0], b"x")
+    assert held(arena, keys) == [0, 1]
+
+
+def test_a_leased_slot_is_neither_evicted_nor_overwritten() -> None:
+    arena = RamArena(2 * 256, 256)
+    first, second, third = chain(1)[0], chain(1, 1000)[0], chain(1, 2000)[0]
+    arena.put(first, b"first")
+    arena.put(second, b"second")
+    (lease,) = arena.get([first])
+    assert lease is not None
+    assert arena.put(third, b"third")
+    assert arena.contains([first, second, third]) == [True, False, True]
+    assert bytes(lease.data) == b"first"
+    lease.release()
+
+
+def test_deleting_a_leased_record_unlinks_it_now_and_frees_its_slot_later() -> None:
+    arena = RamArena(256, 256)
+    old, new = chain(1)[0], chain(1, 1000)[0]
+    arena.put(old, b"old")
+    (lease,) = arena.get([old])
+    assert lease is not None
+    assert arena.delete([old]) == 1
+    assert arena.get([old]) == [None]
+    assert not arena.put(new, b"new")
+    assert bytes(lease.data) == b"old"
+    lease.release()
+    assert arena.put(new, b"new")
+
+
+def test_when_everything_is_leased_or_pinned_a_put_is_refused_and_counted() -> None:
+    arena = RamArena(2 * 256, 256)
+    pinned, leased, new = chain(1)[0], chain(1, 1000)[0], chain(1, 2000)[0]
+    arena.put(pinned, b"x")
+    arena.put(leased, b"x")
+    arena.pin([pinned])
+    (lease,) = arena.get([leased])
+    assert lease is not None
+    assert not arena.put(new, b"x")
+    assert (arena.stats().dropped_writes, arena.stats().pinned) == (1, 1)
+    lease.release()
+    assert arena.put(new, b"x")
+    assert arena.contains([pinned, leased]) == [True, False]
+
+
+def test_pins_are_counted_and_wait_for_records_to_come() -> None:
+    arena = RamArena(256, 256)
+    pinned, new = chain(1)[0], chain(1, 1000)[0]
+    arena.pin([pinned])
+    arena.pin([pinned])
+    arena.put(pinned, b"x")
+    arena.unpin([pinned])
+    assert not arena.put(new, b"x")
+    arena.unpin([pinned])
+    arena.unpin([pinned])
+    assert arena.put(new, b"x")
+
+
+def test_releasing_twice_counts_once() -> None:
+    arena = RamArena(256, 256)
+    (key,) = chain(1)
+    arena.put(key, b"x")
+    (first,) = arena.get([key])
+    (second,) = arena.get([key])
+    assert first is not None
+    assert second is not None
+    first.release()
+    first.release()
+    assert arena.open_leases == 1
+    assert not arena.put(chain(1, 1000)[0], b"y")
+    second.release()
+    assert arena.open_leases == 0
+
+
+def test_a_released_lease_hides_its_bytes() -> None:
+    arena = RamArena(256, 256)
+    (key,) = chain(1)
+    arena.put(key, b"x")
+    (lease,) = arena.get([key])
+    assert lease is not None
+    with lease:
+        assert lease.data.readonly
+    with pytest.raises(ValueError, match="released"):
+        _ = lease.data
+
+
+def test_a_record_larger_than_a_slot_is_refused() -> None:
+    arena = RamArena(1024, 300)
+    with pytest.raises(ValueError, match="301 bytes does not fit a slot of 300"):
+        arena.put(chain(1)[0], bytes(301))
+
+
+def test_an_arena_without_room_for_one_slot_is_refused() -> None:
+    with pytest.raises(ValueError, match="holds no slot"):
+        RamArena(1000, 2000)
+
+
+def test_capacity_is_whole_aligned_slots() -> None:
+    arena = RamArena(10_000, 300)
+    stats = arena.stats()
+    assert arena.num_slots == 10_000 // 512
+    assert stats.capacity_bytes == arena.num_slots * 512 == arena.buffer.nbytes
+
+
+def test_bookkeeping_stays_bounded_when_records_are_only_read() -> None:
+    arena = RamArena(4 * 256, 256)
+    keys = chain(4)
+    for key in keys:
+        arena.put(key, b"x")
+    for _ in range(1000):
+        touch(arena, keys)
+    assert len(arena._idle) <= 2 * arena.num_slots + 17

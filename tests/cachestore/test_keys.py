@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import itertools
+from array import array
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aquifer.cachestore.keys import SegmentKey, chain_keys, make_namespace
+
+NAMESPACE = make_namespace("model", "codec", "")
+
+
+def test_namespace_fields_do_not_run_into_each_other() -> None:
+    split_differently = [("ab", "c", ""), ("a", "bc", ""), ("abc", "", ""), ("", "abc", ""), ("", "", "abc")]
+    assert len({make_namespace(*fields) for fields in split_differently}) == len(split_differently)
+
+
+@given(st.lists(st.tuples(st.text(), st.text(), st.text()), min_size=2, max_size=8, unique=True))
+def test_different_fields_give_different_namespaces(fields: list[tuple[str, str, str]]) -> None:
+    namespaces = [make_namespace(*triple) for triple in fields]
+    assert len(set(namespaces)) == len(namespaces)
+    assert {len(namespace) for namespace in namespaces} == {16}
+
+
+def test_two_salts_never_share_a_key() -> None:
+    ids = list(range(1024))
+    keys: list[SegmentKey] = []
+    for salt in ("tenant a", "tenant b"):
+        prompt = chain_keys(make_namespace("model", "codec", salt), ids)
+        assert prompt.sinks is not None
+        keys += [prompt.sinks, *prompt.segments]
+    assert len({key.digest for key in keys}) == len(keys)
+    assert len({key.redis_name for key in keys}) == len(keys)
+
+
+@given(st.lists(st.integers(0, 2**31 - 1), min_size=8, max_size=64), st.data())
+def test_one_changed_token_changes_its_segment_and_all_later_ones_only(
+    ids: list[int], data: st.DataObject
+) -> None:
+    position = data.draw(st.integers(0, len(ids) - 1))
+    changed = list(ids)
+    changed[position] ^= 1 + data.draw(st.integers(0, 2**20))
+    before = chain_keys(NAMESPACE, ids, segment_tokens=8)
+    after = chain_keys(NAMESPACE, changed, segment_tokens=8)
+    same = [a == b for a, b in zip(before.segments, after.segments, strict=True)]
+    assert same == [index < position // 8 for index in range(len(same))]
+    assert (before.sinks == after.sinks) == (position >= 4)
+
+
+def test_a_key_does_not_depend_on_the_tokens_behind_it() -> None:
+    short, long = chain_keys(NAMESPACE, range(512)), chain_keys(NAMESPACE, range(1000))
+    assert short.segments == long.segments[:2]
+    assert short.sinks == long.sinks
+
+
+@pytest.mark.parametrize(
+    ("tokens", "segments", "has_sinks"),
+    [
+        (0, 0, False),
+        (3, 0, False),
+        (4, 0, True),
+        (255, 0, True),
+        (256, 1, True),
+        (511, 1, True),
+        (512, 2, True),
+    ],
+)
+def test_only_full_segments_have_keys(tokens: int, segments: int, has_sinks: bool) -> None:
+    prompt = chain_keys(NAMESPACE, range(tokens))
+    assert len(prompt.segments) == segments
+    assert (prompt.sinks is not None) == has_sinks
+
+
+def test_every_form_of_the_same_token_ids_gives_the_same_keys() -> None:
+    ids = [(7919 * i) % 151_936 for i in range(600)]
+    raw = array("i", ids)
+    forms = [ids, tuple(ids), raw, raw.tobytes(), bytearray(raw.tobytes()), memoryview(raw), array("q", ids)]
+    assert len({chain_keys(NAMESPACE, form) for form in forms}) == 1
+
+
+def test_keys_are_the_same_in_every_process_and_version() -> None:
+    # Stored data outlives the process: a change of these values abandons every cache in the field.
+    prompt = chain_keys(make_namespace("model", "codec", "salt"), range(256))
+    assert prompt.sinks is not None
+    assert prompt.sinks.redis_name.decode() == (
+        "aquifer:s:d1a1d485aa10b959123e9be191dd2005:4f8048ba063e80426d3ae5a023a413a6560bba97d4ccc81ff71deb2d5753fcaf"
+    )
+    assert prompt.segments[0].redis_name.decode() == (
+        "aquifer:s:d1a1d485aa10b959123e9be191dd2005:902963732f0b56fc617bb37812503863d0f5abc5c5fbc23350142934c746bf2c"
+    )
+
+
+def test_parents_link_a_prompt_in_order_and_are_no_part_of_a_key() -> None:
+    prompt = chain_keys(NAMESPACE, range(1024))
+    assert prompt.sinks is not None
+    chain = [prompt.sinks, *prompt.segments]
+    assert chain[0].parent is None
+    assert all(child.parent == parent.digest for parent, child in itertools.pairwise(chain))
+    last = chain[-1]
+    assert SegmentKey(last.namespace, last.digest) == last
+    assert hash(SegmentKey(last.namespace, last.digest)) == hash(last)
+
+
+@pytest.mark.parametrize("bad", [b"12345", array("f", [1.0]), memoryview(array("d", [1.0]))])
+def test_what_holds_no_integers_is_refused(bad: object) -> None:
+    with pytest.raises(ValueError, match=r"integers|int32"):
+        chain_keys(NAMESPACE, bad)  # type: ignore[arg-type]  # on purpose
+
+
+def test_a_token_id_beyond_int32_is_refused() -> None:
+    with pytest.raises(OverflowError):
+        chain_keys(NAMESPACE, [2**31])
+
+
+def test_a_namespace_of_the_wrong_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="16 bytes, got 3"):
+        chain_keys(b"abc", [1, 2, 3, 4])
