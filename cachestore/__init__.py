@@ -2,6 +2,9 @@
 
 from aquifer.cachestore.arena import RamArena
 from aquifer.cachestore.keys import PromptKeys, SegmentKey, chain_keys, make_namespace
+from aquifer.cachestore.records import RecordStore
+from aquifer.cachestore.redis_link import RedisLink
+from aquifer.cachestore.redis_tier import RedisTier
 from aquifer.cachestore.store import TieredStore
 from aquifer.cachestore.tier import Lease, Tier, TierStats
 
@@ -9,6 +12,9 @@ __all__ = [
     "Lease",
     "PromptKeys",
     "RamArena",
+    "RecordStore",
+    "RedisLink",
+    "RedisTier",
     "SegmentKey",
     "Tier",
     "TierStats",

@@ -1,13 +1,23 @@
-"""The store that the engine uses: RAM."""
+"""The store that the engine uses: a RAM arena above Redis.
+
+    put:  RAM at once, Redis in the background
+    get:  RAM, then Redis in one batch; what Redis had is verified and moves up into RAM
+
+Bytes are only ever copied between tiers, and the first writer wins, so two answers made from the
+same key are made from the same bytes.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from aquifer.cachestore.arena import RamArena
 from aquifer.cachestore.keys import SegmentKey
+from aquifer.cachestore.redis_tier import RedisTier
 from aquifer.cachestore.tier import Lease, TierStats
+from aquifer.cachestore.write_behind import WriteBehind
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -16,43 +26,118 @@ if TYPE_CHECKING:
 class TieredStore:
     """Records by key, in the fastest tier that has them. Thread-safe.
 
-    verify: raises a ValueError for a record that is damaged or not ours
+    verify:             raises a ValueError for a record that is damaged or not ours; called once for
+                        each record that enters RAM from Redis, maybe on several threads at a time
+    write_behind_bytes: records on their way to Redis; more are not written there, and counted.
+                        Never more than half the arena, because queued records hold their slots
+    close_seconds:      how long `close` may wait for them
     """
 
-    def __init__(self, ram: RamArena, redis: None, verify: Callable[[memoryview], None]) -> None:
+    def __init__(
+        self,
+        ram: RamArena,
+        redis: RedisTier | None,
+        verify: Callable[[memoryview], None],
+        *,
+        write_behind_bytes: int = 256 << 20,
+        write_behind_threads: int = 1,
+        close_seconds: float = 10.0,
+    ) -> None:
         self.ram = ram
+        self.redis = redis
+        self._verify = verify
+        self._close_seconds = close_seconds
+        self._write_behind: WriteBehind | None = None
+        if redis is not None:
+            self._write_behind = WriteBehind(
+                redis,
+                capacity_bytes=min(write_behind_bytes, max(ram.slot_bytes, ram.buffer.nbytes // 2)),
+                threads=write_behind_threads,
+            )
 
     def get(self, keys: Sequence[SegmentKey]) -> list[Lease | None]:
         """Lease records in the order of `keys`; None is a miss. `lease.tier` says where it was found."""
-        return self.ram.get(keys)
+        leases = self.ram.get(keys)
+        missing = [index for index, lease in enumerate(leases) if lease is None]
+        if self.redis is None or not missing:
+            return leases
+
+        def promote(position: int, record: memoryview) -> None:
+            self._verify(record)
+            index = missing[position]
+            lease, _ = self.ram.insert(keys[index], record, found_in="redis")
+            # Every slot leased or pinned: the bytes still serve this caller, from their own memory.
+            leases[index] = lease or Lease(record, "redis")
+
+        try:
+            self.redis.read([keys[index] for index in missing], promote)
+        except BaseException:
+            for lease in leases:
+                if lease is not None:
+                    lease.release()
+            raise
+        return leases
 
     def contains(self, keys: Sequence[SegmentKey]) -> list[str | None]:
         """Name the tier that has each record now. A hint for planning: `get` does not rely on it."""
-        return ["ram" if found else None for found in self.ram.contains(keys)]
+        found: list[str | None] = ["ram" if here else None for here in self.ram.contains(keys)]
+        if self.redis is not None:
+            missing = [index for index, tier in enumerate(found) if tier is None]
+            in_redis = self.redis.contains([keys[index] for index in missing])
+            for index, here in zip(missing, in_redis, strict=True):
+                found[index] = "redis" if here else None
+        return found
 
     def put(self, key: SegmentKey, record: Buffer) -> bool:
         """Keep a record unless one is there already. False when no tier took it.
 
         Raises ValueError if the record is larger than the arena's slot.
         """
-        return self.ram.put(key, record)
+        lease, is_new = self.ram.insert(key, record, found_in="ram")
+        if self._write_behind is not None and (is_new or lease is None):
+            kept_in_ram = lease is not None
+            queued = self._write_behind.offer(key, lease or Lease(memoryview(bytes(record)), "ram"))
+            return kept_in_ram or queued
+        if lease is None:
+            return False
+        lease.release()
+        return True
 
     def delete(self, keys: Sequence[SegmentKey]) -> int:
-        return self.ram.delete(keys)
+        """Forget records in every tier; return how many there were."""
+        known = sum(tier is not None for tier in self.contains(keys))
+        if self._write_behind is not None:
+            self._write_behind.cancel(keys)
+        if self.redis is not None:
+            self.redis.delete(keys)
+        # RAM last: a read that promotes a record meanwhile would bring it back.
+        self.ram.delete(keys)
+        return known
 
     def pin(self, keys: Sequence[SegmentKey]) -> None:
         """Keep these records in RAM, now or when they arrive. Pins count; unpin undoes one."""
         self.ram.pin(keys)
 
     def unpin(self, keys: Sequence[SegmentKey]) -> None:
+        """Undo one pin of each key; a key without pins is left alone."""
         self.ram.unpin(keys)
 
     def flush(self, timeout: float) -> bool:
-        """Wait until every record has reached its tiers; False if that took longer than `timeout` seconds."""
-        return True
+        """Wait until what was put has reached Redis or was dropped; False after `timeout` seconds."""
+        return self._write_behind is None or self._write_behind.flush(timeout)
 
     def stats(self) -> list[TierStats]:
-        return [self.ram.stats()]
+        """One entry for each tier, fastest first."""
+        if self.redis is None or self._write_behind is None:
+            return [self.ram.stats()]
+        redis = self.redis.stats()
+        dropped = redis.dropped_writes + self._write_behind.dropped
+        return [self.ram.stats(), dataclasses.replace(redis, dropped_writes=dropped)]
 
     def close(self) -> None:
+        """Drain the writes for a bounded time, then close every tier."""
+        if self._write_behind is not None:
+            self._write_behind.close(self._close_seconds)
+        if self.redis is not None:
+            self.redis.close()
         self.ram.close()

@@ -1,0 +1,236 @@
+"""One Redis server or cluster behind a circuit breaker.
+
+    up --(round trip fails)--> down --(probe succeeds, tried once a second)--> up
+
+While it is down every call returns at once, so that an outage costs a request one timeout at most.
+Nothing that redis-py raises gets past this file.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qs, urlencode, urlsplit, urlunsplit
+
+import structlog
+from redis import Redis, RedisCluster
+from redis.backoff import NoBackoff
+from redis.connection import Connection, ConnectionPool, parse_url
+from redis.exceptions import (
+    ClusterDownError,
+    NoPermissionError,
+    ReadOnlyError,
+    RedisClusterException,
+    RedisError,
+    ResponseError,
+)
+from redis.retry import Retry
+
+log = structlog.get_logger(__name__)
+
+Command = tuple[bytes | str | int | memoryview, ...]
+
+# Replies to a single command that mean "this server cannot serve us now", not "this command is wrong".
+_OUTAGE_REPLIES = (ReadOnlyError, NoPermissionError, ClusterDownError)
+# What a round trip may raise. RedisClusterException stands outside redis-py's own RedisError.
+_FAILURES = (RedisError, RedisClusterException, OSError)
+
+# Large reads: 32 kB, redis-py's default, costs a system call and a GIL hand-over each.
+SOCKET_READ_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """What the server tells about itself, summed over the primaries of a cluster."""
+
+    used_bytes: int
+    capacity_bytes: int | None
+    entries: int
+    evictions: int
+
+
+class RedisLink:
+    """Sends pipelines over pooled connections; None instead of replies when Redis is not there.
+
+    url: redis://, rediss:// or unix://, user and password in it; `?cluster=true` for Redis Cluster
+    connect_timeout_seconds, timeout_seconds: for connecting, and for each wait on the socket
+    probe_seconds: how often to try again while it is down
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        connect_timeout_seconds: float = 1.0,
+        timeout_seconds: float = 2.0,
+        probe_seconds: float = 1.0,
+    ) -> None:
+        """Tries Redis once; an unreachable one leaves the link down. Raises ValueError for a bad URL."""
+        plain_url, self._is_cluster = _split_cluster_flag(url)
+        self._address = _address_without_password(plain_url)
+        self._options: dict[str, Any] = {
+            "socket_connect_timeout": connect_timeout_seconds,
+            "socket_timeout": timeout_seconds,
+            "socket_read_size": SOCKET_READ_BYTES,
+            # RESP2: nothing here needs more, and RESP3 adds a handshake and push messages.
+            "protocol": 2,
+            **parse_url(plain_url),
+        }
+        _check_options(self._options, plain_url)
+        self._probe_seconds = probe_seconds
+        self._client: Redis | RedisCluster | None = None
+        self._lock = threading.Lock()
+        self._up = True
+        self._errors = 0
+        self._closed = threading.Event()
+        self._prober: threading.Thread | None = None
+        self._ping()
+
+    @property
+    def up(self) -> bool:
+        return self._up
+
+    @property
+    def errors(self) -> int:
+        """Round trips that failed and commands that Redis refused, since the start."""
+        return self._errors
+
+    def execute(self, commands: Sequence[Command]) -> list[Any] | None:
+        """Send commands as one pipeline, without a transaction, and return their replies.
+
+        A command that Redis refused (wrong type, memory full) has its ResponseError as the reply.
+        None: Redis is down, or went down now.
+        """
+        if not self._up:
+            return None
+        try:
+            replies = self._send(commands)
+        except _FAILURES as error:
+            self._go_down(error)
+            return None
+        for reply in replies:
+            if isinstance(reply, Exception):
+                if not isinstance(reply, ResponseError) or isinstance(reply, _OUTAGE_REPLIES):
+                    self._go_down(reply)
+                    return None
+                with self._lock:
+                    self._errors += 1
+        return replies
+
+    def server_info(self) -> ServerInfo | None:
+        """Ask for memory, keys and evictions. None when down, or when the user may not ask."""
+        if not self._up:
+            return None
+        try:
+            client = self._connected()
+            if isinstance(client, RedisCluster):
+                infos = list(client.info(target_nodes=RedisCluster.PRIMARIES).values())
+                entries = client.dbsize(target_nodes=RedisCluster.PRIMARIES)
+            else:
+                infos = [client.info()]
+                entries = client.dbsize()
+        except ResponseError:
+            return None  # no permission for INFO is no outage
+        except _FAILURES as error:
+            self._go_down(error)
+            return None
+        return ServerInfo(
+            used_bytes=sum(info["used_memory"] for info in infos),
+            capacity_bytes=sum(info["maxmemory"] for info in infos) or None,
+            entries=entries,
+            evictions=sum(info["evicted_keys"] for info in infos),
+        )
+
+    def close(self) -> None:
+        """Close every connection. The link stays down for good."""
+        self._closed.set()
+        with self._lock:
+            self._up = False
+            prober, client = self._prober, self._client
+        if prober is not None:
+            prober.join()
+        if client is not None:
+            client.close()
+
+    def _send(self, commands: Sequence[Command]) -> list[Any]:
+        pipeline: Any = self._connected().pipeline(transaction=False)
+        for command in commands:
+            pipeline.execute_command(*command)
+        replies: list[Any] = pipeline.execute(raise_on_error=False)
+        return replies
+
+    def _connected(self) -> Redis | RedisCluster:
+        with self._lock:
+            if self._client is None:
+                # No retries: the breaker decides when to try again, and a request does not wait.
+                options, retry = dict(self._options), Retry(NoBackoff(), 0)
+                if self._is_cluster:
+                    # Connects at once, to learn the topology; which is why it is made here.
+                    is_tls = options.pop("connection_class", Connection) is not Connection
+                    self._client = RedisCluster(**options, ssl=is_tls, retry=retry)
+                else:
+                    self._client = Redis(connection_pool=ConnectionPool(**options, retry=retry))
+            return self._client
+
+    def _go_down(self, error: Exception) -> None:
+        with self._lock:
+            self._errors += 1
+            if not self._up or self._closed.is_set():
+                return
+            self._up = False
+            self._prober = threading.Thread(target=self._probe_until_up, name="redis-probe", daemon=True)
+            self._prober.start()
+        log.warning("redis is down; serving without it", address=self._address, error=str(error))
+
+    def _probe_until_up(self) -> None:
+        while not self._closed.wait(self._probe_seconds):
+            if self._answers() is None:
+                with self._lock:
+                    self._up = not self._closed.is_set()
+                log.info("redis is up again", address=self._address)
+                return
+
+    def _ping(self) -> None:
+        if (error := self._answers()) is not None:
+            self._go_down(error)
+
+    def _answers(self) -> Exception | None:
+        """Do what serving needs on every node: None if it works, otherwise what went wrong."""
+        try:
+            client = self._connected()
+            if isinstance(client, RedisCluster):
+                client.ping(target_nodes=RedisCluster.PRIMARIES)
+            # A read that refreshes a TTL, not PING: a user without rights or a read-only replica
+            # answers PING and still cannot serve.
+            (reply,) = self._send([("GETEX", b"aquifer:probe", "PERSIST")])
+        except _FAILURES as error:
+            return error
+        return reply if isinstance(reply, Exception) else None
+
+
+def _split_cluster_flag(url: str) -> tuple[str, bool]:
+    """Take `cluster=true` out of the query; redis-py does not know it."""
+    parts = urlsplit(url)
+    query = parse_qs(parts.query, keep_blank_values=True)
+    flag = query.pop("cluster", ["false"])[0].lower()
+    if flag not in {"true", "false", "1", "0"}:
+        raise ValueError(f"cluster={flag} in the Redis URL: say true or false")
+    plain = urlunsplit(parts._replace(query=urlencode(query, doseq=True)))
+    return plain, flag in {"true", "1"}
+
+
+def _address_without_password(url: str) -> str:
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def _check_options(options: dict[str, Any], url: str) -> None:
+    """Make one connection object, without connecting, so that a misspelt option stops the start."""
+    connection_class = options.get("connection_class", Connection)
+    arguments = {name: value for name, value in options.items() if name != "connection_class"}
+    try:
+        connection_class(**arguments)
+    except (TypeError, RedisError) as error:
+        raise ValueError(f"bad Redis URL {_address_without_password(url)}: {error}") from error
