@@ -9,6 +9,8 @@ import redis
 from check_jsonschema.builtin_schemas import get_builtin_schema
 from jsonschema.validators import validator_for
 
+from aquifer.server.settings import load_settings
+
 
 def test_compose_file_follows_the_compose_specification(compose: dict[str, Any]) -> None:
     schema = get_builtin_schema("vendor.compose-spec")
@@ -30,11 +32,18 @@ def test_env_example_lists_exactly_the_variables_of_the_compose_file(root: Path)
     assert offered == used
 
 
-def test_service_variables_are_settings(compose: dict[str, Any], known_variables: set[str]) -> None:
-    for name in ("aquifer", "aquifer-gpu"):
-        given = {key for key in compose["services"][name]["environment"] if key.startswith("AQUIFER_")}
-        assert "AQUIFER_REDIS_URL" in given
-        assert given <= known_variables
+@pytest.mark.parametrize(
+    ("name", "model", "device"), [("aquifer", "reference", "cpu"), ("aquifer-gpu", "/model", "cuda")]
+)
+def test_service_variables_are_settings(
+    compose: dict[str, Any], name: str, model: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value in compose["services"][name]["environment"].items():
+        monkeypatch.setenv(variable, value)
+    settings = load_settings()
+    assert (settings.model, settings.device) == (model, device)
+    assert settings.redis_url is not None
+    assert settings.redis_url.endswith("@redis:6379/0")
 
 
 def test_only_loopback_ports_are_published_and_redis_has_none(compose: dict[str, Any]) -> None:

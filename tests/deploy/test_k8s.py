@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from aquifer.server.settings import load_settings
+
+K8S_BYTES = {"Gi": 1 << 30, "Mi": 1 << 20}
+
+
+def in_bytes(quantity: str) -> int:
+    return int(quantity[:-2]) * K8S_BYTES[quantity[-2:]]
+
+
+@pytest.fixture(scope="module")
+def k8s(root: Path) -> Path:
+    return root / "deploy" / "k8s"
+
+
+@pytest.fixture(scope="module")
+def pod(k8s: Path) -> dict[str, Any]:
+    return yaml.safe_load((k8s / "base" / "deployment.yaml").read_text())["spec"]["template"]["spec"]
+
+
+def built(folder: Path) -> list[dict[str, Any]]:
+    """What `kubectl apply -k` would send for this folder."""
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl is not installed")
+    output = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, check=True)
+    return list(yaml.safe_load_all(output.stdout))
+
+
+def test_files_named_by_the_kustomizations_exist(k8s: Path) -> None:
+    for path in k8s.glob("*/kustomization.yaml"):
+        for resource in yaml.safe_load(path.read_text())["resources"]:
+            assert (path.parent / resource).exists()
+
+
+def test_every_manifest_names_its_kind(k8s: Path) -> None:
+    manifests = sorted(k8s.glob("*/*.yaml"))
+    assert len(manifests) >= 5
+    for path in manifests:
+        document = yaml.safe_load(path.read_text())
+        assert document["apiVersion"]
+        assert document["kind"]
+
+
+def test_variables_of_the_pod_are_settings(pod: dict[str, Any], known_variables: set[str]) -> None:
+    named = {entry["name"] for entry in pod["containers"][0]["env"]}
+    assert named - {"HF_TOKEN"} <= known_variables
+
+
+def test_kubernetes_adds_no_variables_that_look_like_settings(pod: dict[str, Any]) -> None:
+    assert pod["enableServiceLinks"] is False
+
+
+def test_pod_runs_unprivileged_on_a_read_only_root(pod: dict[str, Any]) -> None:
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    context = pod["containers"][0]["securityContext"]
+    assert context["readOnlyRootFilesystem"] is True
+    assert context["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_secrets_are_referenced_never_written(pod: dict[str, Any]) -> None:
+    for entry in pod["containers"][0]["env"]:
+        assert set(entry["valueFrom"]) == {"secretKeyRef"}
+
+
+@pytest.mark.parametrize(("overlay", "model"), [("base", "reference"), ("gpu", "/model")])
+def test_built_settings_are_accepted(
+    k8s: Path, overlay: str, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (data,) = [document["data"] for document in built(k8s / overlay) if document["kind"] == "ConfigMap"]
+    for variable, value in data.items():
+        monkeypatch.setenv(variable, value)
+    assert load_settings().model == model
+
+
+@pytest.mark.parametrize("overlay", ["base", "gpu"])
+def test_built_pod_has_memory_for_its_ram_tier(k8s: Path, overlay: str) -> None:
+    objects = {document["kind"]: document for document in built(k8s / overlay)}
+    container = objects["Deployment"]["spec"]["template"]["spec"]["containers"][0]
+    arena = int(objects["ConfigMap"]["data"]["AQUIFER_RAM_BYTES"])
+    assert arena < in_bytes(container["resources"]["limits"]["memory"])
+    assert container["envFrom"][0]["configMapRef"]["name"] == objects["ConfigMap"]["metadata"]["name"]
+    labels = objects["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    assert objects["Service"]["spec"]["selector"].items() <= labels.items()
+
+
+def test_gpu_overlay_asks_for_a_gpu_and_the_cuda_image(k8s: Path) -> None:
+    objects = {document["kind"]: document for document in built(k8s / "gpu")}
+    container = objects["Deployment"]["spec"]["template"]["spec"]["containers"][0]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert container["image"].endswith("-cuda")
