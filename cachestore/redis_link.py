@@ -9,16 +9,19 @@ Nothing that redis-py raises gets past this file.
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import parse_qs, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qs, urlencode, urlsplit
 
 import structlog
 from redis import Redis, RedisCluster
 from redis.backoff import NoBackoff
+from redis.cluster import ClusterNode
 from redis.connection import Connection, ConnectionPool, parse_url
 from redis.exceptions import (
+    AskError,
     ClusterDownError,
     NoPermissionError,
     ReadOnlyError,
@@ -155,10 +158,22 @@ class RedisLink:
             client.close()
 
     def _send(self, commands: Sequence[Command]) -> list[Any]:
-        pipeline: Any = self._connected().pipeline(transaction=False)
-        for command in commands:
-            pipeline.execute_command(*command)
-        replies: list[Any] = pipeline.execute(raise_on_error=False)
+        client = self._connected()
+        if not isinstance(client, RedisCluster):
+            return _pipeline(client, commands)
+        # Not redis-py's cluster pipeline: after a timeout it sends every command of that node once
+        # more, one by one, and each waits for its own timeout.
+        positions_of: defaultdict[ClusterNode, list[int]] = defaultdict(list)
+        for position, command in enumerate(commands):
+            positions_of[client.get_node_from_key(command[1])].append(position)
+        replies: list[Any] = [None] * len(commands)
+        for node, positions in positions_of.items():
+            node_replies = _pipeline(client.get_redis_connection(node), [commands[i] for i in positions])
+            for position, reply in zip(positions, node_replies, strict=True):
+                replies[position] = reply
+        if any(isinstance(reply, AskError) for reply in replies):
+            # Slots are moving (MovedError is an AskError). These commands stay refused, a miss each.
+            client.nodes_manager.initialize()
         return replies
 
     def _connected(self) -> Redis | RedisCluster:
@@ -201,6 +216,7 @@ class RedisLink:
         try:
             client = self._connected()
             if isinstance(client, RedisCluster):
+                client.nodes_manager.initialize()  # another node may have taken over
                 client.ping(target_nodes=RedisCluster.PRIMARIES)
             # A read that refreshes a TTL, not PING: a user without rights or a read-only replica
             # answers PING and still cannot serve.
@@ -210,14 +226,21 @@ class RedisLink:
         return reply if isinstance(reply, Exception) else None
 
 
+def _pipeline(client: Redis, commands: Sequence[Command]) -> list[Any]:
+    pipeline = client.pipeline(transaction=False)
+    for command in commands:
+        pipeline.execute_command(*command)
+    return pipeline.execute(raise_on_error=False)
+
+
 def _split_cluster_flag(url: str) -> tuple[str, bool]:
     """Take `cluster=true` out of the query; redis-py does not know it."""
-    parts = urlsplit(url)
-    query = parse_qs(parts.query, keep_blank_values=True)
+    base, _, query_text = url.partition("?")
+    query = parse_qs(query_text, keep_blank_values=True)
     flag = query.pop("cluster", ["false"])[0].lower()
     if flag not in {"true", "false", "1", "0"}:
         raise ValueError(f"cluster={flag} in the Redis URL: say true or false")
-    plain = urlunsplit(parts._replace(query=urlencode(query, doseq=True)))
+    plain = f"{base}?{urlencode(query, doseq=True)}" if query else base
     return plain, flag in {"true", "1"}
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 
-def free_port() -> int:
+def _pick_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -30,7 +30,7 @@ class RedisServer:
         assert executable, "these tests need redis-server (Debian, Ubuntu: apt-get install redis-server)"
         # Not pytest's tmp_path: a unix socket's path has at most 107 bytes.
         self.folder = Path(tempfile.mkdtemp(prefix="redis-"))
-        self.port = free_port()
+        self.port = _pick_port()
         self.socket = self.folder / "redis.sock"
         self._command = [executable, "--save", "", "--appendonly", "no", "--bind", "127.0.0.1"]
         self._command += ["--port", str(self.port), "--unixsocket", str(self.socket)]
@@ -73,6 +73,25 @@ class RedisServer:
     def _accepts(self) -> bool:
         with socket.socket(socket.AF_UNIX) as probe:
             return probe.connect_ex(str(self.socket)) == 0
+
+
+@pytest.fixture
+def free_port() -> Callable[[], int]:
+    """Pick a TCP port on the loopback address that nobody listens on."""
+    return _pick_port
+
+
+@pytest.fixture
+def wait_until() -> Callable[[Callable[[], bool]], None]:
+    """Wait until a condition holds; fail if that takes unreasonably long."""
+
+    def wait(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < deadline, "did not happen within 20 seconds"
+            time.sleep(0.005)
+
+    return wait
 
 
 @pytest.fixture
