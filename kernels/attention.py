@@ -1,0 +1,82 @@
+"""Attention over pieces of a KV cache, merged exactly by log-sum-exp.
+
+A cache is rarely one block of memory: pages lie apart, a chunk of queries sees its past in full and
+itself causally. Each piece is attended alone and returns its output with the log-sum-exp of its
+scores; `merge_attention` joins the pieces into what one softmax over all of them would have given.
+
+Bytes moved per piece: K and V once, 2 * H * S * D elements. Twin: `attend_ref`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_aten = torch.ops.aten
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> tuple[Tensor, Tensor]:
+    """Grouped-query attention of one sequence over one piece of its cache.
+
+    q: [Hq, R, D]; k, v: [H, S, D], Hq a multiple of H, last dimension contiguous, any other strides.
+    causal: query r sees keys 0..r; needs R == S. Otherwise every query sees every key.
+    Returns (out [Hq, R, D] in q's dtype, lse [Hq, R] float32). Scores are scaled by 1/sqrt(D).
+    Twin: attend_ref.
+    """
+    num_q_heads, rows, head_dim = q.shape
+    num_heads = k.shape[0]
+    group = num_q_heads // num_heads
+    if causal:
+        # The diagonal ties query rows to keys, so the group cannot be folded into rows: expand KV
+        # instead. It is one chunk, small against the past.
+        k, v = (t.repeat_interleave(group, dim=0) if group > 1 else t for t in (k, v))
+        out, lse = _sdpa(q[None], k[None], v[None], causal=True)
+    else:
+        # Every query sees every key: the query heads of a group are just more rows for one KV head.
+        folded = q.reshape(1, num_heads, group * rows, head_dim)
+        out, lse = _sdpa(folded, k[None], v[None], causal=False)
+    return out.reshape(num_q_heads, rows, head_dim), lse.reshape(num_q_heads, rows)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
+    """Fused attention that also gives log-sum-exp. q: [1, H, R, D]; k, v: [1, H, S, D].
+
+    The public scaled_dot_product_attention drops the log-sum-exp, hence the operators behind it.
+    """
+    if q.device.type == "cpu":
+        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+    elif q.dtype == torch.float32:
+        out, lse, *_ = _aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal)
+        lse = lse[..., : q.shape[2]]  # padded to a multiple of 32 rows
+    else:
+        out, lse, *_ = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
+    return out, lse
+
+
+def attend_ref(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> tuple[Tensor, Tensor]:
+    """Plain twin of `attend`: the same shapes, in float64."""
+    group = q.shape[0] // k.shape[0]
+    k, v = (t.double().repeat_interleave(group, dim=0) for t in (k, v))
+    scores = q.double() @ k.mT * q.shape[-1] ** -0.5
+    if causal:
+        future = torch.ones_like(scores, dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(future, -torch.inf)
+    lse = scores.logsumexp(-1)
+    out = (scores - lse[..., None]).exp() @ v
+    return out.to(q.dtype), lse.float()
+
+
+def merge_attention(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Join the attention of disjoint pieces of one cache.
+
+    parts: (out [..., D], lse [...]) of each piece, as `attend` returns them.
+    Returns [..., D]: the attention over all pieces, in the dtype of the parts.
+    """
+    if len(parts) == 1:
+        return parts[0][0]
+    weights = torch.softmax(torch.stack([lse for _, lse in parts]), dim=0)
+    merged = sum(out * w[..., None] for (out, _), w in zip(parts, weights, strict=True))
+    assert isinstance(merged, Tensor)
+    return merged.to(parts[0][0].dtype)

@@ -1,0 +1,197 @@
+"""From settings to a running engine: model, codec, tiers, device pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from aquifer.cachestore.arena import RamArena
+from aquifer.cachestore.redis_tier import RedisTier
+from aquifer.cachestore.store import TieredStore
+from aquifer.compression.codec import Codec, make_codec
+from aquifer.compression.predictors import Predictors
+from aquifer.compression.raw import RawCodec
+from aquifer.compression.spec import SEGMENT_TOKENS
+from aquifer.compression.wire import verify
+from aquifer.server.engine.engine import Engine, EngineLimits
+from aquifer.server.engine.gate import LoadGate
+from aquifer.server.engine.pages import PagePool
+from aquifer.server.engine.records import slot_bytes
+from aquifer.server.engine.types import EngineInfo
+from aquifer.server.metrics import Metrics
+from aquifer.server.models.adapter import DecoderAdapter
+from aquifer.server.settings import GIB, Settings
+
+log = structlog.get_logger(__name__)
+
+_CPU_KV_BYTES = 2 * GIB
+_CUDA_FREE_SHARE = 0.85
+"""Of the memory free after loading: the rest is for activations, logits and the codec's staging."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A checkpoint on its device, ready to be walked."""
+
+    adapter: DecoderAdapter
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str
+    max_total_tokens: int
+    eos_token_ids: tuple[int, ...]
+
+
+def build_engine(settings: Settings, metrics: Metrics) -> Engine:
+    """Load everything and start the engine's thread. Slow: reads the weights.
+
+    Raises ValueError (UnsupportedModelError included) or OSError with the reason and the way out.
+    """
+    loaded = load_model(settings)
+    adapter = loaded.adapter
+    codec, note = choose_codec(settings, loaded)
+    raw = RawCodec(adapter.spec)
+    arena = RamArena(settings.ram_bytes, slot_bytes(codec, raw))
+    if adapter.device.type == "cuda":
+        _pin(arena.buffer)
+    redis = None
+    if settings.redis_url:
+        redis = RedisTier(
+            settings.redis_url,
+            max_record_bytes=slot_bytes(codec, raw),
+            ttl_seconds=settings.redis_ttl_seconds,
+            timeout_seconds=settings.redis_timeout_seconds,
+            connections=settings.redis_connections,
+        )
+    pool = PagePool(
+        adapter.spec, _device_kv_bytes(settings, adapter.device), adapter.device, keep=settings.gpu_cache
+    )
+    info = EngineInfo(
+        model=settings.served_model_name or settings.model,
+        model_fingerprint=loaded.fingerprint,
+        codec=codec.name,
+        codec_fingerprint=codec.fingerprint,
+        codec_note=note,
+        device=str(adapter.device),
+        dtype=str(adapter.spec.dtype).removeprefix("torch."),
+        max_prompt_tokens=min(settings.max_prompt_tokens, loaded.max_total_tokens - 1),
+        max_total_tokens=loaded.max_total_tokens,
+        segment_tokens=SEGMENT_TOKENS,
+        device_kv_bytes=pool.num_pages * pool.page_bytes,
+        vocab_size=adapter.vocab_size,
+        eos_token_ids=loaded.eos_token_ids,
+    )
+    limits = EngineLimits(
+        max_running=settings.max_running_requests,
+        max_waiting=settings.max_waiting_requests,
+        chunk_tokens=settings.prefill_chunk_tokens,
+    )
+
+    def decode_text(ids: Sequence[int]) -> str:
+        return str(loaded.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    return Engine(
+        adapter=adapter,
+        codec=codec,
+        raw=raw,
+        store=TieredStore(arena, redis, verify, queue_bytes=settings.redis_queue_bytes),
+        pool=pool,
+        gate=LoadGate(always=settings.load_gate == "always"),
+        decode_text=decode_text,
+        info=info,
+        limits=limits,
+        metrics=metrics,
+    )
+
+
+def load_model(settings: Settings) -> LoadedModel:
+    """Load the checkpoint and its tokenizer, and refuse what cannot be served exactly."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    transformers_logging.disable_progress_bar()
+    device = _device(settings)
+    dtype = {
+        "auto": torch.bfloat16 if device.type == "cuda" else torch.float32,
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }[settings.dtype]
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(settings.model_path, dtype=dtype)
+    max_total = int(model.config.max_position_embeddings)
+    limit = min(settings.max_prompt_tokens, max_total)
+    model.to(device)  # type: ignore[arg-type]  # transformers' stub forgets torch.device
+    adapter = DecoderAdapter(model, max_tokens=limit)
+    tokenizer = load_tokenizer(settings)
+    return LoadedModel(adapter, tokenizer, adapter.fingerprint(), max_total, _eos_token_ids(model, tokenizer))
+
+
+def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(settings.model_path)
+
+
+def choose_codec(settings: Settings, loaded: LoadedModel) -> tuple[Codec, str | None]:
+    """The codec of this process, and a note where it is not the one a user would expect.
+
+    Raises ValueError when an `aqua:*` codec was asked for and no matching predictors are found.
+    """
+    device = loaded.adapter.device
+    codec_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    name, note = settings.codec, None
+    predictors = None
+    if name == "auto" or name.startswith("aqua"):
+        folder = settings.predictors or Path(settings.model_path) / "predictors"
+        try:
+            predictors = Predictors.load(folder, loaded.fingerprint)
+            name = "aqua:2" if name == "auto" else name
+        except (OSError, ValueError) as error:
+            if settings.codec != "auto":
+                raise ValueError(
+                    f"codec {settings.codec} needs predictors made for this model: {error}; "
+                    "make them with `aquifer calibrate` or choose AQUIFER_CODEC=higgs:4"
+                ) from error
+            name = "higgs:4"
+            note = f"no matching predictors ({error}): using higgs:4; `aquifer calibrate` makes them"
+            log.warning("codec fallback", note=note)
+    codec = make_codec(
+        name, loaded.adapter.spec, device=device, codec_dtype=codec_dtype, predictors=predictors
+    )
+    return codec, note
+
+
+def _device(settings: Settings) -> torch.device:
+    if settings.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(settings.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("AQUIFER_DEVICE asks for CUDA, but torch finds no device; see `aquifer doctor`")
+    return device
+
+
+def _device_kv_bytes(settings: Settings, device: torch.device) -> int:
+    if settings.gpu_kv_bytes:
+        return settings.gpu_kv_bytes
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * _CUDA_FREE_SHARE)
+    return _CPU_KV_BYTES
+
+
+def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every id that ends an answer: Llama 3 has several, spread over these three places."""
+    ids: set[int] = set()
+    for source in (model.generation_config, model.config, tokenizer):
+        found = getattr(source, "eos_token_id", None)
+        ids.update([found] if isinstance(found, int) else found or ())
+    return tuple(sorted(ids))
+
+
+def _pin(buffer: memoryview) -> None:
+    """Page-lock the RAM arena, so that the device copies from it at full speed and asynchronously."""
+    view = torch.frombuffer(buffer, dtype=torch.uint8)
+    result = torch.cuda.cudart().cudaHostRegister(view.data_ptr(), view.numel(), 0)
+    if int(result) != 0:
+        log.warning("the RAM arena could not be page-locked; copies will be slower", code=int(result))

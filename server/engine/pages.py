@@ -1,0 +1,173 @@
+"""The device's KV cache, in pages of one segment each.
+
+One tensor of keys (after RoPE) and one of values hold every page. A page that carries a finished
+segment of a prompt is registered under its SegmentKey and shared by every request whose prompt
+starts the same way; that is the `gpu` tier. Pages nobody uses stay registered until their room is
+needed, least recently used first. The unfinished tail of a prompt and the generated tokens live in
+pages private to their request.
+
+Only the engine's thread touches a pool.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from aquifer.cachestore.keys import SegmentKey
+from aquifer.compression.spec import SEGMENT_TOKENS, KVSpec
+
+
+class PagePool:
+    """Paged keys and values of all layers.
+
+    keys, values: [L, H, P*256, D] in the model's dtype. Head-major, so that pages next to each other
+    are one strided [H, S, D] view that attention reads without a gather.
+    """
+
+    def __init__(self, spec: KVSpec, capacity_bytes: int, device: torch.device, *, keep: bool) -> None:
+        """keep: whether pages nobody uses stay registered. Raises ValueError if not one page fits."""
+        self.page_bytes = spec.bytes_per_token * SEGMENT_TOKENS
+        self.num_pages = capacity_bytes // self.page_bytes
+        if self.num_pages < 1:
+            raise ValueError(
+                f"{capacity_bytes:,} bytes of device KV hold no page; one takes {self.page_bytes:,} "
+                "(AQUIFER_GPU_KV_BYTES)"
+            )
+        shape = (spec.num_layers, spec.num_kv_heads, self.num_pages * SEGMENT_TOKENS, spec.head_dim)
+        self.keys = torch.empty(shape, dtype=spec.dtype, device=device)
+        self.values = torch.empty(shape, dtype=spec.dtype, device=device)
+        self._keep = keep
+        self._free = set(range(self.num_pages))
+        self._users = [0] * self.num_pages
+        self._key_of: dict[int, SegmentKey] = {}
+        self._page_of: dict[SegmentKey, int] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()  # registered, no user; oldest first
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of pages that hold something, shared or private."""
+        return (self.num_pages - len(self._free)) * self.page_bytes
+
+    @property
+    def available_pages(self) -> int:
+        """Pages that `allocate` could hand out now."""
+        return len(self._free) + len(self._idle)
+
+    def acquire(self, key: SegmentKey) -> int | None:
+        """Use the page registered under key, or None. Give it back with `release`."""
+        page = self._page_of.get(key)
+        if page is not None:
+            self._users[page] += 1
+            self._idle.pop(page, None)
+        return page
+
+    def holds(self, key: SegmentKey) -> bool:
+        return key in self._page_of
+
+    def allocate(self, count: int) -> list[int] | None:
+        """Take `count` private pages, in ascending runs where possible; None if there are too few.
+
+        Idle pages are taken from the cache, oldest first, only as far as free ones do not suffice.
+        """
+        if count > self.available_pages:
+            return None
+        while len(self._free) < count:
+            self._free.add(self._unregister(next(iter(self._idle))))
+        pages = _longest_runs_first(self._free, count)
+        for page in pages:
+            self._free.remove(page)
+            self._users[page] = 1
+        return pages
+
+    def register(self, page: int, key: SegmentKey) -> None:
+        """Share a page that now holds the finished segment `key`. The first page of a key stays."""
+        if key not in self._page_of:
+            self._page_of[key] = page
+            self._key_of[page] = key
+
+    def release(self, pages: Iterable[int]) -> None:
+        """Stop using pages. Pass a prompt's pages in order: its suffix is then evicted first."""
+        for page in reversed(list(pages)):
+            self._users[page] -= 1
+            if self._users[page]:
+                continue
+            if page in self._key_of and self._keep:
+                self._idle[page] = None
+            else:
+                self._unregister(page)
+                self._free.add(page)
+
+    def forget(self, keys: Iterable[SegmentKey]) -> None:
+        """Stop sharing these segments; idle pages are freed, used ones when their users are done."""
+        for key in keys:
+            page = self._page_of.get(key)
+            if page is None:
+                continue
+            idle = page in self._idle
+            self._unregister(page)
+            if idle:
+                self._free.add(page)
+
+    def drop_idle(self) -> None:
+        """Empty the cache of pages nobody uses."""
+        while self._idle:
+            self._free.add(self._unregister(next(iter(self._idle))))
+
+    def _unregister(self, page: int) -> int:
+        key = self._key_of.pop(page, None)
+        if key is not None:
+            del self._page_of[key]
+        self._idle.pop(page, None)
+        return page
+
+
+class BlockTable:
+    """The pages of one sequence in order, and where its tokens lie in the pool."""
+
+    def __init__(self, pages: Sequence[int]) -> None:
+        self.pages = list(pages)
+
+    def runs(self, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Slot ranges (first, last + 1) of spans of tokens (start, count), neighbours joined."""
+        runs: list[tuple[int, int]] = []
+        for start, count in spans:
+            stop = start + count
+            while start < stop:
+                slot = self.slot(start)
+                step = min(SEGMENT_TOKENS - start % SEGMENT_TOKENS, stop - start)
+                if runs and runs[-1][1] == slot:
+                    runs[-1] = (runs[-1][0], slot + step)
+                else:
+                    runs.append((slot, slot + step))
+                start += step
+        return runs
+
+    def slot(self, position: int) -> int:
+        """Slot of one token."""
+        index, offset = divmod(position, SEGMENT_TOKENS)
+        return self.pages[index] * SEGMENT_TOKENS + offset
+
+
+def _longest_runs_first(free: set[int], count: int) -> list[int]:
+    """Choose `count` of the free pages in as few ascending runs as is easily found.
+
+    The shortest run that holds them all is taken, else the longest run and then the rest: a large
+    document keeps few, long pieces, and small requests do not cut up large gaps.
+    """
+    runs: list[list[int]] = []
+    for page in sorted(free):
+        if runs and runs[-1][-1] + 1 == page:
+            runs[-1].append(page)
+        else:
+            runs.append([page])
+    chosen: list[int] = []
+    while len(chosen) < count:
+        missing = count - len(chosen)
+        fitting = [run for run in runs if len(run) >= missing]
+        run = min(fitting, key=len) if fitting else max(runs, key=len)
+        runs.remove(run)
+        chosen += run[:missing]
+    return chosen

@@ -1,0 +1,39 @@
+"""Which tokens a record holds, and what a prompt weighs in the tiers.
+
+A prompt's full segments are stored, each as one record. The first four tokens are a record of their
+own, uncompressed: attention leans on these sinks, and they are shared by every prompt that begins
+alike. So segment 0 holds tokens 4 to 255.
+"""
+
+from __future__ import annotations
+
+from aquifer.compression.codec import Codec
+from aquifer.compression.spec import SEGMENT_TOKENS, SINK_TOKENS
+from aquifer.compression.wire import record_bytes
+from aquifer.server.engine.types import KVUsage
+
+
+def segment_span(index: int) -> tuple[int, int]:
+    """First token and number of tokens of the record of segment `index`."""
+    if index == 0:
+        return SINK_TOKENS, SEGMENT_TOKENS - SINK_TOKENS
+    return index * SEGMENT_TOKENS, SEGMENT_TOKENS
+
+
+def slot_bytes(codec: Codec, raw: Codec) -> int:
+    """Size of the largest record: one slot of the RAM arena."""
+    bodies = codec.segment_bytes(SEGMENT_TOKENS), raw.segment_bytes(SINK_TOKENS)
+    return record_bytes(max(bodies))
+
+
+def prompt_usage(codec: Codec, raw: Codec, num_tokens: int) -> KVUsage:
+    """What the full segments of a prompt of num_tokens tokens take: codes, scales, headers and sinks."""
+    segments = num_tokens // SEGMENT_TOKENS
+    if segments == 0:
+        return KVUsage("resident", codec.name, 0, 0, None)
+    spec = codec.spec
+    values = segments * SEGMENT_TOKENS * 2 * spec.num_layers * spec.channels
+    stored = record_bytes(raw.segment_bytes(SINK_TOKENS)) + sum(
+        record_bytes(codec.segment_bytes(segment_span(index)[1])) for index in range(segments)
+    )
+    return KVUsage("resident", codec.name, values * spec.dtype.itemsize, stored, 8 * stored / values)

@@ -1,0 +1,190 @@
+"""One request from submission to its last event. The engine decides; this remembers and reports."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from enum import Enum, auto
+
+from torch import Tensor
+
+from aquifer.cachestore.keys import PromptKeys
+from aquifer.compression.spec import SEGMENT_TOKENS
+from aquifer.server.engine.pages import BlockTable
+from aquifer.server.engine.restore import StoredSegment
+from aquifer.server.engine.sampling import Choice, Sampler
+from aquifer.server.engine.text import TextStream
+from aquifer.server.engine.types import (
+    CachedTokens,
+    FinishedEvent,
+    FinishReason,
+    GenerateRequest,
+    KVUsage,
+    ProgressEvent,
+    RequestTimings,
+    Sink,
+    TokenEvent,
+)
+
+
+class Phase(Enum):
+    WAITING = auto()  # for pages, for its turn, or for a request that computes the same segments
+    FETCHING = auto()  # its records are on their way from the tiers
+    READING = auto()  # the prompt is being restored and computed
+    DECODING = auto()
+    STORING = auto()  # prompt only: its records are being written
+    DONE = auto()
+
+
+class RequestState:
+    """A submitted request. Tokens count from 0; `inputs` is what gets KV: the prompt, and in scoring
+    all but the last of the scored tokens."""
+
+    def __init__(
+        self, request: GenerateRequest, sink: Sink, keys: PromptKeys, decode: Callable[[Sequence[int]], str]
+    ) -> None:
+        """decode: the tokenizer's, from ids to text."""
+        self.request = request
+        self.keys = keys
+        self.sink = sink
+        self.phase = Phase.WAITING
+        self.prompt_only = request.sampling.max_new_tokens == 0 and not request.score_ids
+        self.inputs = request.token_ids + request.score_ids[:-1]
+        self.table = BlockTable(())
+        self.restores: deque[StoredSegment] = deque()
+        self.ranges: deque[tuple[int, int]] = deque()  # [start, stop) to be computed, ascending
+        self.missing: list[int] = []  # reusable segments that are not on the device
+        self.known: set[int] = set()  # segments that some tier holds already
+        self.writes_pending = 0
+        self.generated: list[int] = []
+        self.score_logprobs: list[float] = []
+        self._cached = {"gpu": 0, "ram": 0, "redis": 0}
+        self._computed = 0
+        self._sampler = Sampler(request.sampling, request.token_ids)
+        self._text = TextStream(decode, request.sampling.stop)
+        self._submitted = time.perf_counter()
+        self._admitted = self._first_token = self._last_token = 0.0
+        self.fetch_seconds = self.restore_seconds = self.prefill_seconds = 0.0
+
+    @property
+    def reusable_segments(self) -> int:
+        """Leading segments that need not be computed. The last token of a prompt is always computed,
+        because the next one is chosen from its logits."""
+        last = len(self.request.token_ids) - (0 if self.prompt_only else 1)
+        return last // SEGMENT_TOKENS
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens that need room on the device. A prompt-only request leaves its tail out: only full
+        segments are stored."""
+        if self.prompt_only:
+            return self.reusable_segments * SEGMENT_TOKENS
+        return len(self.inputs) + self.request.sampling.max_new_tokens * (not self.request.score_ids)
+
+    @property
+    def next_input(self) -> tuple[int, int]:
+        """Token id and position of the next decode step."""
+        return self.generated[-1], len(self.inputs) + len(self.generated) - 1
+
+    @property
+    def ttft_seconds(self) -> float:
+        return self._first_token - self._submitted
+
+    @property
+    def queue_seconds(self) -> float:
+        return self._admitted - self._submitted
+
+    @property
+    def tokens_by_source(self) -> dict[str, int]:
+        return {**self._cached, "computed": self._computed}
+
+    def admitted(self, table: BlockTable, missing: list[int]) -> None:
+        """Room on the device was found; of the reusable segments, all but `missing` stand there already."""
+        self._admitted = time.perf_counter()
+        self.table = table
+        self.missing = missing
+        self._cached["gpu"] = SEGMENT_TOKENS * (self.reusable_segments - len(missing))
+
+    def plan_reading(self, found: Sequence[StoredSegment], known: set[int]) -> None:
+        """found: those missing segments that were fetched. The other ones, and the tail, are to be
+        computed. known: segments that need not be stored again."""
+        self.phase = Phase.READING
+        self.known = known
+        self.restores = deque(found)
+        for segment in found:
+            self._cached[segment.tier] += SEGMENT_TOKENS
+        holes = sorted(set(self.missing) - {segment.index for segment in found})
+        spans = [(index * SEGMENT_TOKENS, (index + 1) * SEGMENT_TOKENS) for index in holes]
+        if not self.prompt_only:
+            spans.append((self.reusable_segments * SEGMENT_TOKENS, len(self.inputs)))
+        for start, stop in spans:
+            if self.ranges and self.ranges[-1][1] == start:
+                self.ranges[-1] = (self.ranges[-1][0], stop)
+            else:
+                self.ranges.append((start, stop))
+
+    def next_chunk(self, limit: int) -> tuple[int, int]:
+        """Take the next [start, stop) to compute, at most `limit` tokens."""
+        start, stop = self.ranges.popleft()
+        if stop - start > limit:
+            self.ranges.appendleft((start + limit, stop))
+            stop = start + limit
+        self._computed += stop - start
+        return start, stop
+
+    def report_progress(self) -> None:
+        left = sum(stop - start for start, stop in self.ranges) + SEGMENT_TOKENS * len(self.restores)
+        total = len(self.request.token_ids)
+        self.sink(ProgressEvent(max(0, min(total, len(self.inputs) - left)), total))
+
+    def choose(self, logits: Tensor) -> Choice:
+        """logits: [vocab] float32 on the CPU."""
+        return self._sampler.choose(logits)
+
+    def emit(self, choice: Choice, eos_token_ids: frozenset[int]) -> tuple[float, FinishReason | None]:
+        """Send one token. Returns the seconds since the token before and the reason to stop, if any."""
+        now = time.perf_counter()
+        gap = now - self._last_token if self._last_token else 0.0
+        if not self._first_token:
+            self._first_token = now
+        self._last_token = now
+        self.generated.append(choice.token_id)
+        sampling = self.request.sampling
+        ended = choice.token_id in eos_token_ids and not sampling.ignore_eos
+        piece = "" if ended else self._text.push(choice.token_id)
+        self.sink(TokenEvent(choice.token_id, piece, choice.logprob, special=ended))
+        if ended:
+            return gap, "eos_token"
+        if self._text.stopped:
+            return gap, "stop_sequence"
+        if len(self.generated) >= sampling.max_new_tokens:
+            return gap, "length"
+        return gap, None
+
+    def finish(self, reason: FinishReason, kv: KVUsage) -> None:
+        """Send the last event."""
+        self.phase = Phase.DONE
+        now = time.perf_counter()
+        tail = self._text.finish()
+        self.sink(
+            FinishedEvent(
+                reason=reason,
+                text=self._text.text,
+                tail=tail,
+                prompt_tokens=len(self.request.token_ids),
+                generated_tokens=len(self.generated),
+                computed_tokens=self._computed,
+                cached=CachedTokens(**self._cached),
+                timings=RequestTimings(
+                    queue_seconds=(self._admitted or now) - self._submitted,
+                    restore_seconds=self.fetch_seconds + self.restore_seconds,
+                    prefill_seconds=self.prefill_seconds,
+                    ttft_seconds=(self._first_token or now) - self._submitted,
+                    decode_seconds=self._last_token - self._first_token,
+                ),
+                kv=kv,
+                seed=self.request.sampling.seed,
+                score_logprobs=tuple(self.score_logprobs),
+            )
+        )

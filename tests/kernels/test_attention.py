@@ -1,0 +1,61 @@
+"""Attention over pieces equals attention over the whole, with and without the fused operators."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from aquifer.kernels.attention import attend, attend_ref, merge_attention
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+
+
+def random_qkv(
+    heads: int, group: int, rows: int, keys: int, dim: int, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    torch.manual_seed(rows * keys)
+    shapes = [(heads * group, rows, dim), (heads, keys, dim), (heads, keys, dim)]
+    return [torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("rows", "keys"), [(1, 1), (1, 777), (5, 64), (33, 257)])
+@pytest.mark.parametrize("group", [1, 3, 4])
+def test_attend_equals_its_twin(rows: int, keys: int, group: int, dtype: torch.dtype) -> None:
+    q, k, v = random_qkv(2, group, rows, keys, 64, dtype)
+    out, lse = attend(q, k, v)
+    expected, expected_lse = attend_ref(q, k, v)
+    torch.testing.assert_close(out, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rows", [1, 2, 63, 300])
+def test_causal_attend_equals_its_twin(rows: int, dtype: torch.dtype) -> None:
+    q, k, v = random_qkv(2, 3, rows, rows, 64, dtype)
+    out, lse = attend(q, k, v, causal=True)
+    expected, expected_lse = attend_ref(q, k, v, causal=True)
+    torch.testing.assert_close(out, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-3, atol=1e-3)
+
+
+def test_strided_views_of_a_pool_are_read_in_place() -> None:
+    q, pool_k, pool_v = random_qkv(2, 2, 3, 1000, 32, torch.float32)
+    k, v = pool_k[:, 256:700], pool_v[:, 256:700]
+    torch.testing.assert_close(attend(q, k, v)[0], attend_ref(q, k, v)[0], rtol=2e-5, atol=2e-5)
+
+
+def test_merged_pieces_equal_the_whole() -> None:
+    q, k, v = random_qkv(2, 3, 7, 600, 64, torch.float32)
+    cuts = [0, 1, 256, 300, 600]
+    parts = [attend(q, k[:, a:b], v[:, a:b]) for a, b in pairwise(cuts)]
+    torch.testing.assert_close(merge_attention(parts), attend_ref(q, k, v)[0], rtol=2e-5, atol=2e-5)
+
+
+def test_a_past_in_full_and_a_chunk_causally_equal_causal_attention_over_both() -> None:
+    q, k, v = random_qkv(2, 2, 500, 500, 32, torch.float32)
+    expected, _ = attend_ref(q, k, v, causal=True)
+    past, own = slice(0, 180), slice(180, 500)
+    parts = [attend(q[:, own], k[:, past], v[:, past]), attend(q[:, own], k[:, own], v[:, own], causal=True)]
+    torch.testing.assert_close(merge_attention(parts), expected[:, own], rtol=2e-5, atol=2e-5)

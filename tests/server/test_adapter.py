@@ -1,0 +1,89 @@
+"""The layer walk computes what the model's own forward computes, and refuses what it could not."""
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import DEVICE, FAMILIES, LLAMA3_ROPE, SHAPE, tiny_model
+from torch import Tensor
+from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
+
+from aquifer.kernels.attention import attend_ref
+from aquifer.server.models.adapter import DecoderAdapter, UnsupportedModelError, check_supported
+
+DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+SHORT_WINDOW: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 1}
+
+
+def causal(layer: int, q: Tensor, k_pre: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out, _ = attend_ref(*(t.transpose(0, 1) for t in (q, k, v)), causal=True)
+    return out.transpose(0, 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_the_models_own_forward(family: str) -> None:
+    model = tiny_model(family)
+    adapter = DecoderAdapter(model, max_tokens=4096)
+    ids = torch.randint(0, 299, (700,), device=DEVICE)
+    hidden = adapter.forward(ids, torch.arange(700, device=DEVICE), causal)
+    with torch.inference_mode():
+        expected = model(ids[None]).logits[0]
+    torch.testing.assert_close(adapter.logits(hidden), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3-yarn"])
+def test_keys_before_rope_rotate_to_the_models_keys(family: str) -> None:
+    """What is stored is before RoPE and after the key norm: rotating it gives the cache's own keys."""
+    model = tiny_model(family)
+    adapter = DecoderAdapter(model, max_tokens=4096)
+    ids = torch.randint(0, 299, (64,), device=DEVICE)
+    seen: list[Tensor] = []
+
+    def keep(layer: int, q: Tensor, k_pre: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen.append(k)
+        return causal(layer, q, k_pre, k, v)
+
+    adapter.forward(ids, torch.arange(64, device=DEVICE), keep)
+    with torch.inference_mode():
+        cache = model(ids[None], use_cache=True).past_key_values
+    for layer, keys in enumerate(seen):
+        torch.testing.assert_close(keys.transpose(0, 1), cache.layers[layer].keys[0], rtol=1e-4, atol=1e-4)
+
+
+def test_fingerprint_changes_with_weights_and_with_rope() -> None:
+    plain, again = (DecoderAdapter(tiny_model("llama"), max_tokens=1) for _ in range(2))
+    other = tiny_model("llama")
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight[0, 0] += 1e-3
+    prints = {
+        plain.fingerprint(),
+        DecoderAdapter(other, max_tokens=1).fingerprint(),
+        DecoderAdapter(tiny_model("llama3-rope"), max_tokens=1).fingerprint(),
+    }
+    assert plain.fingerprint() == again.fingerprint()
+    assert len(prints) == 3
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (GPT2Config(), "model type 'gpt2'"),
+        (
+            LlamaConfig(**SHAPE, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+            "dynamic",
+        ),
+        (MistralConfig(**SHAPE), "sliding window of 4096"),
+        (
+            Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=128, max_window_layers=1),
+            "window of 128",
+        ),
+        (LlamaConfig(**SHAPE, rope_parameters={**LLAMA3_ROPE, "partial_rotary_factor": 0.5}), "partial"),
+    ],
+)
+def test_models_that_cannot_be_cached_exactly_are_refused(config: Any, reason: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=reason):
+        check_supported(config, max_tokens=8192)
+
+
+def test_a_window_longer_than_every_prompt_is_full_attention() -> None:
+    check_supported(MistralConfig(**SHAPE), max_tokens=4096)

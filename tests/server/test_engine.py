@@ -1,0 +1,290 @@
+"""The engine's promise: with a lossless codec, whatever else is running and wherever the KV came
+from, the tokens are those of plain `generate`."""
+
+import random
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import DEVICE, FAMILIES, greedy_reference, tiny_model
+
+from aquifer.cachestore.keys import chain_keys, make_namespace
+from aquifer.server.engine.engine import Engine, EngineError
+from aquifer.server.engine.types import (
+    Event,
+    FailedEvent,
+    FinishedEvent,
+    GenerateRequest,
+    ProgressEvent,
+    SamplingParams,
+    TokenEvent,
+)
+
+MakeEngine = Callable[..., Engine]
+
+
+def prompt(seed: int, length: int) -> tuple[int, ...]:
+    return tuple(random.Random(seed).choices(range(299), k=length))
+
+
+def ask(ids: tuple[int, ...], new_tokens: int = 8, **fields: object) -> GenerateRequest:
+    name = f"{random.random()}"
+    return GenerateRequest(name, ids, SamplingParams(max_new_tokens=new_tokens), **fields)  # type: ignore[arg-type]
+
+
+def tokens(engine: Engine, request: GenerateRequest) -> tuple[list[int], FinishedEvent]:
+    events = run(engine, request)
+    last = events[-1]
+    assert isinstance(last, FinishedEvent), last
+    return [event.token_id for event in events if isinstance(event, TokenEvent)], last
+
+
+def run(engine: Engine, request: GenerateRequest) -> list[Event]:
+    events: list[Event] = []
+    over = threading.Event()
+
+    def sink(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, FinishedEvent | FailedEvent):
+            over.set()
+
+    engine.submit(request, sink)
+    assert over.wait(60)
+    return events
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cold_and_restored_answers_equal_generate(family: str, make_engine: MakeEngine) -> None:
+    model = tiny_model(family)
+    engine = make_engine(model, keep=False)
+    ids = prompt(1, 1100)
+    expected = greedy_reference(model, ids, 12)
+    cold, first = tokens(engine, ask(ids, 12))
+    assert engine.flush(30)
+    warm, second = tokens(engine, ask(ids, 12))
+    assert cold == expected
+    assert warm == expected
+    assert first.computed_tokens == 1100
+    assert (second.cached.ram, second.computed_tokens) == (1024, 1100 - 1024)
+
+
+def test_pages_on_the_device_are_shared_and_counted_as_gpu_hits(make_engine: MakeEngine) -> None:
+    model = tiny_model("llama")
+    engine = make_engine(model)
+    ids = prompt(2, 1000)
+    tokens(engine, ask(ids))
+    used = engine.load().device_bytes["resident"]
+    answer, last = tokens(engine, ask(ids[:768] + prompt(3, 50)))
+    assert last.cached.gpu == 768
+    assert answer == greedy_reference(model, ids[:768] + prompt(3, 50), 8)
+    assert engine.load().device_bytes["resident"] - used == 0
+
+
+def test_eight_concurrent_users_of_one_document_share_its_pages(make_engine: MakeEngine) -> None:
+    model = tiny_model("llama")
+    engine = make_engine(model, pages=4 + 8 * 1)
+    document = prompt(4, 1024)
+    requests = [ask(document + prompt(10 + user, 20)) for user in range(8)]
+    finished = engine.generate(requests)
+    for request, event in zip(requests, finished, strict=True):
+        expected = greedy_reference(model, request.token_ids, 8)
+        assert event.text == "".join(chr(0x4E00 + i) for i in expected if i != 299)
+    assert sorted(event.cached.gpu for event in finished) == [0] + [1024] * 7
+
+
+def test_prompt_that_is_a_whole_number_of_segments(make_engine: MakeEngine) -> None:
+    """The last token must be computed, or there would be no logits to choose from."""
+    model = tiny_model("llama")
+    engine = make_engine(model, keep=False)
+    ids = prompt(5, 512)
+    expected = greedy_reference(model, ids, 8)
+    for cached in (0, 256):
+        answer, last = tokens(engine, ask(ids))
+        assert engine.flush(30)
+        assert answer == expected
+        assert last.cached.ram == cached
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 255, 256, 257])
+def test_short_prompts(length: int, make_engine: MakeEngine) -> None:
+    model = tiny_model("llama")
+    engine = make_engine(model)
+    ids = prompt(length, length)
+    expected = greedy_reference(model, ids, 8)
+    assert tokens(engine, ask(ids))[0] == expected
+    assert tokens(engine, ask(ids))[0] == expected
+
+
+def test_holes_are_recomputed_and_the_rest_is_used(make_engine: MakeEngine) -> None:
+    model = tiny_model("qwen3")
+    engine = make_engine(model, keep=False)
+    ids = prompt(6, 1500)
+    tokens(engine, ask(ids))
+    assert engine.flush(30)
+    namespace = make_namespace(engine.info.model_fingerprint, engine.info.codec_fingerprint, "")
+    keys = chain_keys(namespace, ids)
+    engine.store.delete([keys.segments[1], keys.segments[3]])
+    answer, last = tokens(engine, ask(ids))
+    assert answer == greedy_reference(model, ids, 8)
+    assert last.cached.ram == 3 * 256
+    assert engine.flush(30)
+    assert tokens(engine, ask(ids))[1].cached.ram == 5 * 256
+
+
+def test_segment_zero_without_its_sinks_is_a_miss(make_engine: MakeEngine) -> None:
+    model = tiny_model("llama")
+    engine = make_engine(model, keep=False)
+    ids = prompt(7, 600)
+    tokens(engine, ask(ids))
+    assert engine.flush(30)
+    sinks = chain_keys(
+        make_namespace(engine.info.model_fingerprint, engine.info.codec_fingerprint, ""), ids
+    ).sinks
+    assert sinks is not None
+    engine.store.delete([sinks])
+    answer, last = tokens(engine, ask(ids))
+    assert answer == greedy_reference(model, ids, 8)
+    assert last.cached.ram == 256
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_interleaving_of_concurrent_requests_equals_generate(seed: int, make_engine: MakeEngine) -> None:
+    """Documents shared and private, cold, on the device and restored, under page pressure that evicts."""
+    model = tiny_model(["llama", "qwen2", "qwen3", "mistral"][seed])
+    engine = make_engine(model, pages=14, chunk_tokens=256, max_running=4, slots=20)
+    dice = random.Random(seed)
+    documents = [prompt(100 + seed * 10 + n, dice.choice([300, 520, 1100])) for n in range(3)]
+    requests = [
+        ask(
+            dice.choice(documents) + prompt(dice.randrange(1000), dice.randrange(1, 300)),
+            dice.randrange(1, 20),
+        )
+        for _ in range(24)
+    ]
+    for wave in (requests[:9], requests[9:]):
+        for request, event in zip(wave, engine.generate(wave), strict=True):
+            expected = greedy_reference(model, request.token_ids, request.sampling.max_new_tokens)
+            assert event.text == "".join(chr(0x4E00 + i) for i in expected if i != 299)
+
+
+def test_all_pages_come_back(make_engine: MakeEngine) -> None:
+    engine = make_engine(tiny_model("llama"), keep=False)
+    engine.generate([ask(prompt(n, 700)) for n in range(6)])
+    assert engine.load().device_bytes["resident"] == 0
+    assert engine.load().running == 0
+
+
+def test_salts_never_share(make_engine: MakeEngine) -> None:
+    engine = make_engine(tiny_model("llama"))
+    ids = prompt(8, 600)
+    tokens(engine, ask(ids, cache_salt="one"))
+    assert engine.flush(30)
+    assert tokens(engine, ask(ids, cache_salt="two"))[1].cached.total == 0
+    assert tokens(engine, ask(ids, cache_salt="one"))[1].cached.total == 512
+
+
+def test_prompt_only_request_stores_and_the_next_question_finds_it(make_engine: MakeEngine) -> None:
+    model = tiny_model("llama")
+    engine = make_engine(model, keep=False)
+    document = prompt(9, 1000)
+    last = engine.generate([ask(document, 0)])[0]
+    assert (last.generated_tokens, last.computed_tokens) == (0, 768)
+    answer, warm = tokens(engine, ask(document + prompt(11, 30)))
+    assert warm.cached.ram == 768
+    assert answer == greedy_reference(model, document + prompt(11, 30), 8)
+
+
+def test_forgotten_documents_are_gone_everywhere(make_engine: MakeEngine) -> None:
+    engine = make_engine(tiny_model("llama"))
+    ids = prompt(12, 1000)
+    engine.generate([ask(ids, 0, pin=True)])
+    assert engine.forget(ids, "") == 3
+    assert tokens(engine, ask(ids))[1].cached.total == 0
+
+
+def test_scoring_gives_the_log_probabilities_of_the_models_own_forward(make_engine: MakeEngine) -> None:
+    model = tiny_model("qwen2")
+    engine = make_engine(model, keep=False)
+    ids, target = prompt(13, 770), prompt(14, 600)
+    with torch.inference_mode():
+        logits = model(torch.tensor([ids + target], device=DEVICE)).logits[0].float().log_softmax(-1)
+    rows = torch.arange(len(ids) - 1, len(ids) + len(target) - 1)
+    expected = logits[rows, torch.tensor(target)].tolist()
+    for _ in ("cold", "restored"):
+        last = engine.generate([GenerateRequest("s", ids, score_ids=target)])[0]
+        assert engine.flush(30)
+        assert list(last.score_logprobs) == pytest.approx(expected, abs=2e-3)
+    assert last.cached.ram == 768
+
+
+def test_cancelled_request_ends_and_gives_its_pages_back(make_engine: MakeEngine) -> None:
+    engine = make_engine(tiny_model("llama"), keep=False)
+    events: list[Event] = []
+    over = threading.Event()
+
+    def sink(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, TokenEvent) and len(events) > 3:
+            engine.cancel("long")
+        if isinstance(event, FinishedEvent):
+            over.set()
+
+    sampling = SamplingParams(max_new_tokens=3000, ignore_eos=True)
+    engine.submit(GenerateRequest("long", prompt(15, 300), sampling), sink)
+    assert over.wait(60)
+    assert isinstance(events[-1], FinishedEvent)
+    assert events[-1].reason == "cancelled"
+    assert events[-1].generated_tokens < 3000
+    assert engine.load().device_bytes["resident"] == 0
+
+
+def test_progress_is_reported_while_a_prompt_is_read(make_engine: MakeEngine) -> None:
+    engine = make_engine(tiny_model("llama"), chunk_tokens=256)
+    done = [e.done_tokens for e in run(engine, ask(prompt(16, 1000))) if isinstance(e, ProgressEvent)]
+    assert done == sorted(done)
+    assert len(done) >= 3
+
+
+def test_prompts_beyond_the_limits_are_refused_with_number_and_way_out(make_engine: MakeEngine) -> None:
+    engine = make_engine(tiny_model("llama"), pages=4)
+    for length, setting in ((4001, "AQUIFER_MAX_PROMPT_TOKENS"), (3000, "AQUIFER_GPU_KV_BYTES")):
+        with pytest.raises(EngineError, match=f"{length:,}.*|{setting}"):
+            engine.generate([ask(prompt(1, length), 8)])
+    with pytest.raises(EngineError, match="max_new_tokens"):
+        engine.generate([ask(prompt(1, 10), 5000)])
+
+
+def test_same_seed_draws_the_same_tokens_whatever_else_runs(make_engine: MakeEngine) -> None:
+    engine = make_engine(tiny_model("llama"))
+    sampling = SamplingParams(max_new_tokens=20, temperature=0.9, top_p=0.95, top_k=50, seed=7)
+    request = GenerateRequest("a", prompt(17, 300), sampling)
+    alone = engine.generate([request])[0].text
+    crowd = [replace(ask(prompt(n, 200), 30), request_id=str(n)) for n in range(3)]
+    together = engine.generate([*crowd, replace(request, request_id="b")])[-1].text
+    assert alone == together
+    other = replace(request, request_id="c", sampling=replace(sampling, seed=8))
+    assert engine.generate([other])[0].text != alone
+
+
+def test_closing_answers_every_request(make_engine: MakeEngine) -> None:
+    engine = make_engine(tiny_model("llama"))
+    events: list[Event] = []
+    sampling = SamplingParams(max_new_tokens=3000, ignore_eos=True)
+    for n in range(3):
+        engine.submit(GenerateRequest(str(n), prompt(n, 300), sampling), events.append)
+    engine.close()
+    failed = [event for event in events if isinstance(event, FailedEvent)]
+    assert [event.kind for event in failed] == ["shutting_down"] * 3
+
+
+@pytest.mark.parametrize("codec", ["higgs:4", "higgs:2"])
+def test_lossy_codec_restores_the_same_bytes_to_the_same_text(codec: str, make_engine: MakeEngine) -> None:
+    engine = make_engine(tiny_model("llama"), codec, keep=False)
+    ids = prompt(18, 1100)
+    tokens(engine, ask(ids))
+    assert engine.flush(30)
+    first, second = (tokens(engine, ask(ids)) for _ in range(2))
+    assert first[0] == second[0]
+    assert first[1].cached.ram == 1024
