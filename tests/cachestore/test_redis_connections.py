@@ -154,6 +154,22 @@ def test_named_records_in_a_cluster(cluster: list[Any], make_link: Any) -> None:
     assert elsewhere.get("b/{1}") == b"b/{1}"
 
 
+def test_a_slot_that_moved_is_refused_once_and_then_found(cluster: list[Any], make_tier: Any) -> None:
+    tier = make_tier(cluster[0].url + "?cluster=true")
+    clients = [Redis(port=server.port, decode_responses=True) for server in cluster]
+    slot = clients[0].execute_command("CLUSTER", "KEYSLOT", KEYS[0].redis_name)
+    new_owner = clients[2 if slot < 10923 else 0]
+    for client in [new_owner, *clients]:
+        client.execute_command("CLUSTER", "SETSLOT", slot, "NODE", new_owner.cluster("MYID"))
+    assert not tier.put(KEYS[0], b"record")
+    assert tier.up
+    assert tier.put(KEYS[0], b"record")
+    (lease,) = tier.get(KEYS[:1])
+    assert bytes(lease.data) == b"record"
+    for client in clients:
+        client.close()
+
+
 def test_a_lost_cluster_node_is_a_miss_and_recovery_is_automatic(
     cluster: list[Any], make_tier: Any, wait_until: Any
 ) -> None:

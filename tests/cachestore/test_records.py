@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from redis import Redis
+
+from aquifer.cachestore import RecordStore
+from aquifer.cachestore import records as records_module
+
+
+@pytest.fixture(params=["ram", "redis"])
+def records(request: pytest.FixtureRequest) -> RecordStore:
+    if request.param == "ram":
+        return RecordStore(None)
+    server = request.getfixturevalue("redis_server")
+    return RecordStore(request.getfixturevalue("make_link")(server.url))
+
+
+# Alike with and without Redis
+
+
+def test_a_record_comes_back_until_it_is_deleted(records: RecordStore) -> None:
+    assert records.get("contract-17") is None
+    records.put("contract-17", b"\x00blob\xff", None)
+    assert records.get("contract-17") == b"\x00blob\xff"
+    assert records.delete("contract-17")
+    assert records.get("contract-17") is None
+    assert not records.delete("contract-17")
+
+
+def test_the_latest_put_counts(records: RecordStore) -> None:
+    records.put("name", b"old", 60)
+    records.put("name", b"new", None)
+    assert records.get("name") == b"new"
+    assert records.list("") == ["name"]
+
+
+def test_a_deleted_name_can_be_used_again(records: RecordStore) -> None:
+    records.put("name", b"old", None)
+    records.delete("name")
+    records.put("name", b"new", None)
+    assert records.get("name") == b"new"
+    assert records.list("na") == ["name"]
+
+
+def test_list_returns_the_names_with_the_prefix_sorted(records: RecordStore) -> None:
+    for name in ("b/2", "a/2", "a/1", "a*", "ä/ü", "gone"):
+        records.put(name, b"x", 60)
+    records.delete("gone")
+    assert records.list("a/") == ["a/1", "a/2"]
+    assert records.list("") == ["a*", "a/1", "a/2", "b/2", "ä/ü"]
+    assert records.list("c") == []
+
+
+def test_an_expired_record_is_gone_and_not_listed(records: RecordStore, wait_until: Any) -> None:
+    records.put("short", b"x", 0.05)
+    records.put("long", b"x", 60)
+    wait_until(lambda: records.get("short") is None)
+    assert records.list("") == ["long"]
+
+
+@pytest.mark.parametrize(("blob", "ttl"), [(b"", None), (b"x", 0), (b"x", -1)])
+def test_an_empty_blob_or_lifetime_is_refused(records: RecordStore, blob: bytes, ttl: float | None) -> None:
+    with pytest.raises(ValueError, match="name"):
+        records.put("name", blob, ttl)
+
+
+# RAM alone
+
+
+def test_ram_is_bounded_and_the_least_recently_used_goes_first() -> None:
+    records = RecordStore(None, ram_bytes=100)
+    records.put("a", bytes(40), None)
+    records.put("b", bytes(40), None)
+    records.get("a")
+    records.put("c", bytes(40), None)
+    assert records.list("") == ["a", "c"]
+    with pytest.raises(ValueError, match="101 bytes"):
+        records.put("d", bytes(101), None)
+
+
+# Redis and several servers
+
+
+def test_records_are_shared_between_servers(redis_server: Any, make_link: Any) -> None:
+    here, there = (RecordStore(make_link(redis_server.url)) for _ in range(2))
+    here.put("name", b"blob", 60)
+    assert there.get("name") == b"blob"
+    assert there.list("") == ["name"]
+    here.put("name", b"newer", 60)
+    assert there.get("name") == b"newer"
+    assert here.delete("name")
+    assert there.get("name") is None
+    assert there.list("") == []
+
+
+def test_records_expire_in_redis_too(redis_server: Any, make_link: Any) -> None:
+    records = RecordStore(make_link(redis_server.url))
+    records.put("name", b"blob", 60)
+    records.put("for ever", b"blob", None)
+    with Redis(port=redis_server.port) as raw:
+        assert 0 < raw.ttl("aquifer:r:name") <= 60
+        assert raw.ttl("aquifer:r:for ever") == -1
+
+
+def test_an_outage_is_served_from_ram_and_made_up_for(
+    redis_server: Any, make_link: Any, wait_until: Any
+) -> None:
+    link = make_link(redis_server.url)
+    here, there = RecordStore(link), RecordStore(make_link(redis_server.url))
+    here.put("kept", b"old", None)
+    redis_server.stop()
+    assert here.get("kept") == b"old"
+    here.put("kept", b"new", None)
+    here.put("made", b"in the dark", 60)
+    assert here.list("") == ["kept", "made"]
+    assert here.get("made") == b"in the dark"
+    redis_server.start()
+    wait_until(lambda: link.up)
+    assert here.list("") == ["kept", "made"]
+    wait_until(lambda: there.get("made") == b"in the dark")
+    assert there.get("kept") == b"new"
+
+
+def test_a_change_during_an_outage_beats_what_redis_still_holds(
+    redis_server: Any, make_link: Any, wait_until: Any
+) -> None:
+    link = make_link(redis_server.url, timeout_seconds=0.2)
+    here, there = RecordStore(link), RecordStore(make_link(redis_server.url))
+    here.put("deleted", b"old", None)
+    here.put("changed", b"old", None)
+    redis_server.pause()
+    try:
+        assert here.delete("deleted")
+        here.put("changed", b"new", None)
+        assert here.get("deleted") is None
+    finally:
+        redis_server.resume()
+    wait_until(lambda: link.up)
+    assert here.list("") == ["changed"]
+    assert there.get("deleted") is None
+    assert there.get("changed") == b"new"
+
+
+def test_a_redis_that_came_up_empty_gets_the_records_back(
+    redis_server: Any, make_link: Any, wait_until: Any
+) -> None:
+    link = make_link(redis_server.url)
+    records = RecordStore(link)
+    records.put("name", b"blob", None)
+    redis_server.stop()
+    redis_server.start()
+    assert records.get("name") == b"blob"
+    wait_until(lambda: link.up)
+    assert records.get("name") == b"blob"
+    assert RecordStore(make_link(redis_server.url)).get("name") == b"blob"
+
+
+def test_a_copy_older_than_a_tombstone_lives_is_not_believed(
+    redis_server: Any, make_link: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = RecordStore(make_link(redis_server.url))
+    records.put("name", b"blob", None)
+    with Redis(port=redis_server.port) as raw:
+        raw.flushall()
+    monkeypatch.setattr(records_module, "TOMBSTONE_SECONDS", -1)
+    assert records.get("name") is None
+
+
+def test_a_value_that_is_no_record_reads_as_none(redis_server: Any, make_link: Any) -> None:
+    records = RecordStore(make_link(redis_server.url))
+    with Redis(port=redis_server.port) as raw:
+        raw.rpush("aquifer:r:name", b"a list")
+    assert records.get("name") is None
