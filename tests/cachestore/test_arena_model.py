@@ -46,6 +46,8 @@ class ArenaModel(RuleBasedStateMachine):
     @rule(key=st.sampled_from(KEYS), size=st.integers(6, SLOT_BYTES))
     def put(self, key: SegmentKey, size: int) -> None:
         before = self.resident()
+        evictable = {held for held in before if held not in self.leased_now() and not self.pins.get(held)}
+        free_slots = SLOTS - len(before) - self.unlinked_slots()
         self.number += 1
         record = (b"%06d " % self.number * SLOT_BYTES)[:size]  # at least the number, so never twice the same
         stored = self.arena.put(key, record)
@@ -54,8 +56,6 @@ class ArenaModel(RuleBasedStateMachine):
             assert stored
             assert after == before
             return
-        evictable = {held for held in before if held not in self.leased_now() and not self.pins.get(held)}
-        free_slots = SLOTS - len(before) - self.unlinked_slots()
         assert stored == bool(free_slots or evictable)
         evicted = before - after
         assert len(evicted) == (stored and not free_slots)

@@ -216,7 +216,7 @@ def test_a_full_write_queue_drops_and_counts(redis_server: Any, make_store: Any)
 
 
 def test_close_writes_what_is_queued(redis_server: Any, make_store: Any) -> None:
-    store = make_store(redis_server.url)
+    store = make_store(redis_server.url, slots=64)
     for key in KEYS:
         store.put(key, sealed(os.urandom(50_000)))
     store.close()
