@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from aquifer.cachestore.arena import RamArena
+from aquifer.cachestore.redis_link import RedisLink
 from aquifer.cachestore.redis_tier import RedisTier
 from aquifer.cachestore.store import TieredStore
 from aquifer.compression.codec import Codec, make_codec
@@ -61,10 +62,9 @@ def build_engine(settings: Settings, metrics: Metrics) -> Engine:
     redis = None
     if settings.redis_url:
         redis = RedisTier(
-            settings.redis_url,
+            RedisLink(settings.redis_url, timeout_seconds=settings.redis_timeout_seconds),
             max_record_bytes=slot_bytes(codec, raw),
             ttl_seconds=settings.redis_ttl_seconds,
-            timeout_seconds=settings.redis_timeout_seconds,
             connections=settings.redis_connections,
         )
     pool = PagePool(
@@ -98,7 +98,7 @@ def build_engine(settings: Settings, metrics: Metrics) -> Engine:
         adapter=adapter,
         codec=codec,
         raw=raw,
-        store=TieredStore(arena, redis, verify, queue_bytes=settings.redis_queue_bytes),
+        store=TieredStore(arena, redis, verify, write_behind_bytes=settings.redis_queue_bytes),
         pool=pool,
         gate=LoadGate(always=settings.load_gate == "always"),
         decode_text=decode_text,
