@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 # Llama 3's way of splitting words: the strictest of the patterns in use about digits and line ends.
@@ -23,7 +23,7 @@ _CORPUS = [
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """299 tokens (id 0 is BOS, id 298 a special token): fits the vocabulary of the tiny models."""
     backend = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(_regex(SPLIT), "isolated")
+    split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
@@ -37,11 +37,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     backend.train_from_iterator(_CORPUS, trainer)
     backend.add_special_tokens(["<|end|>"])
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<|begin|>", eos_token="<|end|>", clean_up_tokenization_spaces=False
+        tokenizer_object=backend,
+        bos_token="<|begin|>",
+        eos_token="<|end|>",
+        clean_up_tokenization_spaces=False,
     )
-
-
-def _regex(pattern: str):  # type: ignore[no-untyped-def]
-    from tokenizers import Regex
-
-    return Regex(pattern)

@@ -1,0 +1,131 @@
+"""The application: parts put together, and a server that stops without dropping a request."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import structlog
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+
+from aquifer.cachestore.records import RecordStore
+from aquifer.server.documents import DocumentConflictError, Documents, UnknownDocumentError
+from aquifer.server.metrics import Metrics
+from aquifer.server.routes import documents, generate, meta
+from aquifer.server.routes.errors import ApiError, install_error_handlers
+from aquifer.server.routes.gate import Gate
+from aquifer.server.routes.service import Service
+from aquifer.server.settings import Settings
+from aquifer.server.tokenization import Tokenizer, TooLongError
+
+if TYPE_CHECKING:
+    from aquifer.server.engine.engine import Engine
+
+log = structlog.get_logger(__name__)
+
+_STATUS_OF_ERRORS: dict[type[Exception], int] = {
+    TooLongError: 413,
+    UnknownDocumentError: 404,
+    DocumentConflictError: 409,
+}
+
+
+def create_app(
+    engine: Engine, tokenizer: Tokenizer, records: RecordStore, settings: Settings, metrics: Metrics
+) -> FastAPI:
+    """The HTTP service around an engine. It closes neither engine nor records: whoever built them does."""
+    service = Service(engine, tokenizer, Documents(engine, records, tokenizer.bos), settings, metrics)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await service.documents.close()
+        tokenizer.close()
+
+    app = FastAPI(
+        title="Aquifer",
+        summary="Questions about very long documents, answered from a compressed KV cache.",
+        version=version("aquifer"),
+        lifespan=lifespan,
+    )
+    app.state.service = service
+    metrics.observe(engine)
+    install_error_handlers(app)
+    for error, status in _STATUS_OF_ERRORS.items():
+        app.add_exception_handler(error, _as_status(status))
+    app.add_middleware(Gate, settings=settings, metrics=metrics)
+    for router in (generate.router, documents.router, meta.router):
+        app.include_router(router)
+    return app
+
+
+def serve(app: FastAPI, settings: Settings, port_file: Path | None = None) -> None:
+    """Serve until SIGTERM or SIGINT; then accept nothing new, answer what was accepted, and return.
+
+    port_file: gets the port once connections are accepted (of use with port 0). A second SIGINT
+    stops at once.
+    """
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+    )
+    _AnnouncingServer(config, port_file).run()
+
+
+def configure_logging(level: str) -> None:
+    """One line per event on stderr: readable on a terminal, JSON elsewhere."""
+    renderer: structlog.types.Processor = (
+        structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
+    )
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+
+
+class _AnnouncingServer(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, port_file: Path | None) -> None:
+        super().__init__(config)
+        self._port_file = port_file
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        port = self.servers[0].sockets[0].getsockname()[1]
+        log.info(
+            "listening",
+            url=f"http://{self.config.host}:{port}",
+            docs=f"http://{self.config.host}:{port}/docs",
+        )
+        if self._port_file is not None:
+            # Renamed into place, so that whoever waits for the file never reads half a number.
+            partial = self._port_file.with_name(self._port_file.name + ".partial")
+            partial.write_text(str(port))
+            os.replace(partial, self._port_file)
+
+
+def _as_status(status: int) -> Callable[[Request, Exception], Awaitable[JSONResponse]]:
+    async def handle(_: Request, error: Exception) -> JSONResponse:
+        return ApiError(status, str(error)).response()
+
+    return handle

@@ -1,0 +1,57 @@
+"""What the routes share: the parts of the service, and who is asking."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from fastapi import Depends, Request
+
+from aquifer.server.documents import Documents
+from aquifer.server.metrics import Metrics
+from aquifer.server.settings import Settings
+from aquifer.server.tokenization import Tokenizer
+
+if TYPE_CHECKING:
+    from aquifer.server.engine.engine import Engine
+
+
+@dataclass(frozen=True)
+class Service:
+    """Everything a handler needs; one object per application, in `app.state.service`."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    documents: Documents
+    settings: Settings
+    metrics: Metrics
+
+    @property
+    def model_name(self) -> str:
+        return self.settings.served_model_name or self.engine.info.model
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks, as the gate found out."""
+
+    tenant: str
+    request_id: str
+
+    def salt(self, request_salt: str | None) -> str:
+        """The cache salt handed to the engine. NUL cannot be in a key's tenant and a salt at once in
+        such a way that two pairs give one string: tenants hold no NUL."""
+        return f"{self.tenant}\0{request_salt or ''}"
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+def _caller(request: Request) -> Caller:
+    return Caller(request.state.tenant, request.state.request_id)
+
+
+ServiceDep = Annotated[Service, Depends(_service)]
+CallerDep = Annotated[Caller, Depends(_caller)]
