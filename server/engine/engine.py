@@ -14,6 +14,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
+import structlog
+
 from aquifer.cachestore.keys import PromptKeys, chain_keys, make_namespace
 from aquifer.cachestore.store import TieredStore
 from aquifer.compression.codec import Codec
@@ -33,6 +35,8 @@ from aquifer.server.engine.types import (
 )
 from aquifer.server.metrics import Metrics
 from aquifer.server.models.adapter import DecoderAdapter
+
+log = structlog.get_logger(__name__)
 
 
 class EngineError(RuntimeError):
@@ -156,16 +160,26 @@ class Engine:
         """Stop. Requests still running get a FailedEvent of kind `shutting_down`."""
         self._inbox.put(self._shut_down)
         self._thread.join()
+        self._obey(wait=False)  # what was asked for in the meantime gets its answer too
         self.store.close()
 
     def _run(self) -> None:
         while not self._closing:
-            with contextlib.suppress(Empty):
-                # With nothing else to do, wait for a command; then carry out all that are there.
-                self._inbox.get(block=self._loop.idle)()
-                while True:
-                    self._inbox.get_nowait()()
-            self._loop.turn()
+            try:
+                self._obey(wait=self._loop.idle)
+                self._loop.turn()
+            except Exception as error:
+                # Failures of one request are handled inside; this is anything else. Nobody may wait
+                # forever for a thread that is gone, so all are told and the loop goes on.
+                log.error("engine turn failed", exc_info=error)
+                self._loop.end_all(FailedEvent("internal", f"engine error: {type(error).__name__}: {error}"))
+
+    def _obey(self, *, wait: bool) -> None:
+        """Carry out all commands that are there; wait: for the first one, if there is none."""
+        with contextlib.suppress(Empty):
+            self._inbox.get(block=wait)()
+            while True:
+                self._inbox.get_nowait()()
 
     def _keys(self, token_ids: Sequence[int], cache_salt: str) -> PromptKeys:
         namespace = make_namespace(self.info.model_fingerprint, self.info.codec_fingerprint, cache_salt)
@@ -204,7 +218,9 @@ class Engine:
         return None
 
     def _call(self, action: Callable[[], object]) -> None:
-        """Run something on the engine's thread and wait for it."""
+        """Run something on the engine's thread and wait for it. Raises EngineError after `close`."""
+        if self._closing:
+            raise EngineError(_SHUTTING_DOWN.message)
         done: Future[None] = Future()
 
         def command() -> None:

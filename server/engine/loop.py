@@ -113,11 +113,15 @@ class StepLoop:
         self._decode()
         self._writer.pump(self._write_limit())
 
-    def close(self, farewell: FailedEvent) -> None:
-        """End all requests with this event; what was computed still goes to the tiers."""
+    def end_all(self, farewell: FailedEvent) -> None:
+        """End all requests with this event."""
         for state in list(self._requests.values()):
             self._drop(state)
             state.sink(farewell)
+
+    def close(self, farewell: FailedEvent) -> None:
+        """End all requests with this event; what was computed still goes to the tiers."""
+        self.end_all(farewell)
         while self._writer.backlog:
             self._writer.pump(_WRITE_BATCH)
         self._fetch_threads.shutdown()
