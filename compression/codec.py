@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+from torch import Tensor
+
+from aquifer.compression.aqua import AquaCodec
 from aquifer.compression.predictors import Predictors
 from aquifer.compression.raw import RawCodec
 from aquifer.compression.spec import KVSpec
-from torch import Tensor
 
 
 class SegmentDecoder(Protocol):
@@ -17,7 +19,8 @@ class SegmentDecoder(Protocol):
         """Reconstruct the next layer; called for layers 0 to L-1 in order.
 
         slices[i]: uint8 [layer_bytes(layer, counts[i])], on the device of the decoder.
-        Returns pre-RoPE keys and values [T, C], T = sum(counts), in the codec's dtype ("raw": the model's).
+        Returns pre-RoPE keys and values [T, C], T = sum(counts), in the codec's dtype ("raw": the model's);
+        they may be views of one tensor.
         """
         ...
 
@@ -75,8 +78,26 @@ def make_codec(
     """The codec called `name` for caches of this geometry, with its tables on `device`.
 
     codec_dtype: the dtype of the state between layers and of decoded KV; float32 on a CPU, bfloat16 on CUDA.
-    Raises ValueError for an unknown name.
+    predictors: needed by "aqua:*", ignored by the others.
+    Raises ValueError for an unknown name, and for missing predictors or ones of another geometry.
     """
     if name == "raw":
         return RawCodec(spec)
-    raise ValueError(f"unknown codec {name!r}: use raw")
+    family, _, bits = name.partition(":")
+    if family not in ("aqua", "higgs") or bits not in ("2", "3", "4"):
+        raise ValueError(
+            f"unknown codec {name!r}: use raw, aqua:2, aqua:3, aqua:4, higgs:2, higgs:3 or higgs:4"
+        )
+    if family == "higgs":
+        predictors = None
+    elif predictors is None:
+        raise ValueError(
+            f"codec {name} needs predictors calibrated for this model: make them with `aquifer calibrate`, "
+            "or use higgs:4, which needs none"
+        )
+    elif (predictors.num_layers, predictors.channels) != (spec.num_layers, spec.channels):
+        raise ValueError(
+            f"predictors for {predictors.num_layers} layers of {predictors.channels} channels do not fit "
+            f"{spec.num_layers} layers of {spec.channels}: calibrate this model with `aquifer calibrate`"
+        )
+    return AquaCodec(spec, int(bits), predictors, device=device, codec_dtype=codec_dtype)

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -80,6 +81,13 @@ class Predictors:
     def channels(self) -> int:
         return self.key_mean.shape[0]
 
+    def of_layer(self, layer: int) -> tuple[tuple[Tensor | None, Tensor], tuple[Tensor | None, Tensor]]:
+        """(weight, bias) for the keys and for the values of a layer. Layer 0 has no weights: its means."""
+        if layer == 0:
+            return (None, self.key_mean), (None, self.value_mean)
+        row = layer - 1
+        return (self.key_weight[row], self.key_bias[row]), (self.value_weight[row], self.value_bias[row])
+
     @cached_property
     def hash(self) -> str:
         """SHA-256 over names, dtypes, shapes and bytes of the tensors, in hex."""
@@ -106,9 +114,14 @@ class Predictors:
             raise PredictorsError(
                 f"no predictors in {folder}: make them with `aquifer calibrate`, or use the codec higgs:4"
             ) from error
-        stored_hash = card.pop("hash")
-        layers = [LayerFit(**fit) for fit in card.pop("layers")]
-        predictors = cls(**tensors, card=PredictorCard(**card, layers=layers))
+        except (json.JSONDecodeError, SafetensorError) as error:
+            raise PredictorsError(f"{folder / WEIGHTS_FILE} or {CARD_FILE} is damaged: {error}") from error
+        try:
+            stored_hash = card.pop("hash")
+            layers = [LayerFit(**fit) for fit in card.pop("layers")]
+            predictors = cls(**tensors, card=PredictorCard(**card, layers=layers))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise PredictorsError(f"{folder / CARD_FILE} is damaged: {error}") from error
         if predictors.hash != stored_hash:
             raise PredictorsError(f"{folder / WEIGHTS_FILE} is not the file that its card describes")
         if predictors.card.model_fingerprint != model_fingerprint:

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
 from aquifer.compression.fingerprint import fingerprint
 from aquifer.compression.spec import KVSpec
-from torch import Tensor
 
 
 class RawCodec:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from aquifer.compression.codec import make_codec
 from aquifer.compression.raw import RawCodec
 from aquifer.compression.spec import KVSpec

@@ -2,6 +2,9 @@ from dataclasses import replace
 
 import msgpack
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from aquifer.compression import wire
 from aquifer.compression.wire import (
     HEADER_BYTES,
@@ -15,8 +18,6 @@ from aquifer.compression.wire import (
     seal,
     verify,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 CHAIN = bytes(range(32))
 HEADER = RecordHeader(kind="segment", codec="0f" * 16, chain=CHAIN, start=256, num_tokens=256)

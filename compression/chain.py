@@ -1,0 +1,81 @@
+"""The arithmetic of AQUA-KV's chain over the layers, shared by encoder, decoder and calibration.
+
+The state of a token is the row [K^_l, V^_l], both rotated (see kernels/hadamard.py), in the codec dtype.
+Layer l turns it into its own reconstruction in two steps, each a prediction plus a decoded residual:
+
+    K^_l = K^_{l-1} @ Wk + bk              + deq(residual)
+    V^_l = [K^_l, V^_{l-1}] @ Wv + bv      + deq(residual)
+
+Because predictions start from reconstructions, which the decoder has too, errors do not build up. GEMMs
+accumulate in float32, and the sum is rounded to the codec dtype once.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from aquifer.kernels.higgs import Quantizer, higgs_decode, higgs_encode
+
+Codes = tuple[Tensor, Tensor]
+"""Packed indices uint8 [T, C*bits/8] and scales float16 [T, C/G] of the residuals of one half of a layer."""
+
+
+class Half(IntEnum):
+    """Which half of the state. Keys come first, because they help to predict the values."""
+
+    KEYS = 0
+    VALUES = 1
+
+    def of(self, state: Tensor) -> Tensor:
+        """View [T, C] of this half of a state [T, 2C]."""
+        channels = state.shape[1] // 2
+        return state[:, self * channels : (self + 1) * channels]
+
+    def inputs(self, state: Tensor) -> Tensor:
+        """What this half is predicted from: the keys alone [T, C], or the whole state [T, 2C]."""
+        return Half.KEYS.of(state) if self is Half.KEYS else state
+
+
+@dataclass(frozen=True)
+class HalfCoder:
+    """How the keys, or the values, of one layer are coded."""
+
+    half: Half
+    weight: Tensor | None
+    """Codec dtype, [C, C] for keys and [2C, C] for values; without it the prediction is the bias alone."""
+    bias: Tensor
+    """float32 [C]"""
+    quantizer: Quantizer
+    group: int
+    """G: channels per Hadamard group and scale."""
+
+    def predict(self, state: Tensor) -> Tensor:
+        """float32 [T, C], from state [T, 2C]."""
+        x = self.half.inputs(state)
+        if self.weight is None:
+            return self.bias.expand(len(x), -1)
+        if x.dtype == torch.float32:
+            return torch.addmm(self.bias, x, self.weight)
+        if x.is_cuda:
+            return torch.mm(x, self.weight, out_dtype=torch.float32).add_(self.bias)
+        return torch.addmm(self.bias, x.float(), self.weight.float())
+
+    def encode(self, state: Tensor, target: Tensor) -> Codes:
+        """Code rotated rows `target`, float32 [T, C], and move this half of the state on, in place."""
+        prediction = self.predict(state)
+        codes = higgs_encode(target - prediction, self.quantizer, self.group)
+        self._reconstruct(state, prediction, codes)
+        return codes
+
+    def decode(self, state: Tensor, codes: Codes) -> None:
+        """Move this half of the state on, in place, exactly as `encode` did."""
+        self._reconstruct(state, self.predict(state), codes)
+
+    def _reconstruct(self, state: Tensor, prediction: Tensor, codes: Codes) -> None:
+        self.half.of(state).copy_(higgs_decode(*codes, self.quantizer).add_(prediction))
+
+
+LayerCoder = tuple[HalfCoder, HalfCoder]
+"""Keys and values of one layer, to be coded in this order."""

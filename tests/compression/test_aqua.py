@@ -1,0 +1,175 @@
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from aquifer.compression.codec import Codec, make_codec
+from aquifer.compression.predictors import Predictors
+from aquifer.compression.spec import SEGMENT_TOKENS, KVSpec
+from aquifer.compression.wire import record_bytes
+
+CPU = torch.device("cpu")
+NAMES = [f"{family}:{bits}" for family in ("aqua", "higgs") for bits in (2, 3, 4)]
+COUNTS = [252, 256, 256, 7]
+
+
+def codec_of(
+    name: str, spec: KVSpec, predictors: Predictors | None, dtype: torch.dtype = torch.float32
+) -> Codec:
+    return make_codec(name, spec, device=CPU, codec_dtype=dtype, predictors=predictors)
+
+
+def decode(codec: Codec, segments: Sequence[Tensor], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Keys and values [L, T, C]."""
+    decoder = codec.decoder(counts, CPU)
+    sizes = [[codec.layer_bytes(layer, n) for layer in range(codec.spec.num_layers)] for n in counts]
+    by_layer = zip(*(s.split(size) for s, size in zip(segments, sizes, strict=True)), strict=True)
+    keys, values = zip(*(decoder.decode_layer(slices) for slices in by_layer), strict=True)
+    return torch.stack(keys), torch.stack(values)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Squared error relative to the energy, averaged over layers."""
+    wrong = (found.float() - expected).square().sum(dim=(1, 2))
+    return (wrong / expected.square().sum(dim=(1, 2))).mean().item()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_encoder_and_decoder_end_in_the_same_state(
+    name: str, dtype: torch.dtype, spec, make_kv, predictors, monkeypatch
+) -> None:
+    codec = codec_of(name, spec, predictors, dtype)
+    states: list[Tensor] = []
+
+    def remember(tokens: int, device: torch.device) -> Tensor:
+        states.append(torch.zeros(tokens, 2 * spec.channels, dtype=dtype))
+        return states[-1]
+
+    monkeypatch.setattr(codec, "new_state", remember)
+    segments = codec.encode(*make_kv(sum(COUNTS), 3), COUNTS)
+    assert [s.numel() for s in segments] == [codec.segment_bytes(n) for n in COUNTS]
+    keys, _ = decode(codec, segments, COUNTS)
+    encoder_state, decoder_state = states
+    assert torch.equal(encoder_state, decoder_state)
+    assert encoder_state.any() and keys.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_segments_decode_alike_in_any_grouping(dtype: torch.dtype, spec, make_kv, predictors) -> None:
+    codec = codec_of("aqua:2", spec, predictors, dtype)
+    counts = [256] * 5
+    segments = codec.encode(*make_kv(sum(counts), 4), counts)
+    together = decode(codec, segments, counts)
+    apart = [decode(codec, [segments[i]], [256]) for i in (3, 0)]
+    for (keys, values), i in zip(apart, (3, 0), strict=True):
+        tokens = slice(256 * i, 256 * (i + 1))
+        assert relative_error(keys, together[0][:, tokens].float()) <= 1e-6
+        assert relative_error(values, together[1][:, tokens].float()) <= 1e-6
+
+
+def test_a_segment_does_not_depend_on_what_follows_it(spec, make_kv, predictors) -> None:
+    codec = codec_of("aqua:2", spec, predictors)
+    keys, values = make_kv(1024, 6)
+    other_keys, other_values = make_kv(1024, 7)
+    other_keys[:, :512], other_values[:, :512] = keys[:, :512], values[:, :512]
+    ours = codec.encode(keys, values, [256] * 4)
+    theirs = codec.encode(other_keys, other_values, [256] * 4)
+    assert all(torch.equal(a, b) for a, b in zip(ours[:2], theirs[:2], strict=True))
+    assert not torch.equal(ours[2], theirs[2])
+
+
+@pytest.mark.parametrize(("bits", "bound"), [(2, 0.06), (3, 0.02), (4, 0.005)])
+def test_prediction_beats_plain_higgs_at_equal_bits(
+    bits: int, bound: float, spec, make_kv, predictors
+) -> None:
+    keys, values = make_kv(600, 8)
+    error = {}
+    for family in ("aqua", "higgs"):
+        codec = codec_of(f"{family}:{bits}", spec, predictors)
+        found = decode(codec, codec.encode(keys, values, [600]), [600])
+        error[family] = (relative_error(found[0], keys) + relative_error(found[1], values)) / 2
+    assert error["aqua"] < error["higgs"] / 3 and error["aqua"] < bound, error
+
+
+def test_errors_do_not_build_up_over_layers(spec, make_kv, predictors) -> None:
+    keys, values = make_kv(600, 9)
+    codec = codec_of("aqua:2", spec, predictors)
+    found, _ = decode(codec, codec.encode(keys, values, [600]), [600])
+    wrong = (found - keys).square().sum(dim=(1, 2)) / keys.square().sum(dim=(1, 2))
+    assert wrong[-1] < 2 * wrong[1]
+
+
+def test_two_bits_cost_at_most_2_10_on_the_wire() -> None:
+    """Scales, header and checksum counted; predictors do not change the size."""
+    llama = KVSpec(num_layers=32, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16, rope="{}")
+    codec = codec_of("higgs:2", llama, None)
+    values = 2 * llama.num_layers * llama.channels * SEGMENT_TOKENS
+    assert record_bytes(codec.segment_bytes(SEGMENT_TOKENS)) * 8 / values <= 2.10
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=4))
+@settings(max_examples=20, deadline=None)
+def test_any_token_counts_round_trip(spec, make_kv, predictors, counts: list[int]) -> None:
+    codec = codec_of("aqua:3", spec, predictors)
+    keys, values = make_kv(sum(counts), 10)
+    segments = codec.encode(keys, values, counts)
+    assert [s.numel() for s in segments] == [codec.segment_bytes(n) for n in counts]
+    found = decode(codec, segments, counts)
+    assert relative_error(found[0], keys) < 0.02 and relative_error(found[1], values) < 0.02
+
+
+def test_channels_that_are_no_power_of_two_are_coded_in_groups() -> None:
+    odd = KVSpec(num_layers=2, num_kv_heads=3, head_dim=32, dtype=torch.float32, rope="{}")
+    codec = codec_of("higgs:4", odd, None)
+    keys, values = torch.randn(2, 2, 50, 96, generator=torch.Generator().manual_seed(0))
+    assert codec.layer_bytes(0, 50) == 50 * 2 * (48 + 2 * 3) + 8  # padded to 16 bytes
+    assert relative_error(decode(codec, codec.encode(keys, values, [50]), [50])[0], keys) < 0.01
+
+
+def test_zero_rows_come_back_as_zeros() -> None:
+    small = KVSpec(num_layers=2, num_kv_heads=1, head_dim=32, dtype=torch.float32, rope="{}")
+    codec = codec_of("higgs:2", small, None)
+    keys, values = torch.randn(2, 2, 6, 32)
+    keys[:, 3] = 0
+    found, _ = decode(codec, codec.encode(keys, values, [6]), [6])
+    assert not found[:, 3].any() and found[:, 2].all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_values_that_are_not_finite_are_refused(bad: float, spec, make_kv, predictors) -> None:
+    keys, values = make_kv(5, 11)
+    values[2, 3, 4] = bad
+    with pytest.raises(ValueError, match="values hold values that are not finite"):
+        codec_of("aqua:2", spec, predictors).encode(keys, values, [5])
+
+
+def test_fingerprints_tell_codecs_apart(spec, predictors) -> None:
+    codecs = [
+        codec_of(name, spec, predictors, dtype) for name in NAMES for dtype in (torch.float32, torch.bfloat16)
+    ]
+    codecs.append(codec_of("raw", spec, None))
+    assert len({codec.fingerprint for codec in codecs}) == len(codecs)
+    again = codec_of("aqua:2", spec, predictors)
+    assert again.fingerprint == codecs[0].fingerprint
+    shifted = replace(predictors, key_mean=predictors.key_mean + 1e-3)
+    assert codec_of("aqua:2", spec, shifted).fingerprint != again.fingerprint
+    other_rope = replace(spec, rope='{"theta":500000.0}')
+    assert codec_of("aqua:2", other_rope, predictors).fingerprint != again.fingerprint
+
+
+@pytest.mark.parametrize("name", ["aqua:5", "aqua", "zip", "higgs:2:1"])
+def test_an_unknown_name_is_refused_with_the_known_ones(name: str, spec, predictors) -> None:
+    with pytest.raises(ValueError, match="use raw, aqua:2"):
+        codec_of(name, spec, predictors)
+
+
+def test_aqua_without_fitting_predictors_is_refused_with_the_way_out(spec, predictors) -> None:
+    with pytest.raises(ValueError, match="aquifer calibrate"):
+        codec_of("aqua:2", spec, None)
+    with pytest.raises(ValueError, match="do not fit 6 layers"):
+        codec_of("aqua:2", replace(spec, num_layers=6), predictors)
