@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -82,7 +84,14 @@ def serve(app: FastAPI, settings: Settings, port_file: Path | None = None) -> No
         access_log=False,
         server_header=False,
     )
-    _AnnouncingServer(config, port_file).run()
+    # uvicorn raises the signal that stopped it once more when it is done; the caller, who still has an
+    # engine to close, must not be ended by that.
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            _AnnouncingServer(config, port_file).run()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def configure_logging(level: str) -> None:
