@@ -9,8 +9,8 @@ Nothing that redis-py raises gets past this file.
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qs, urlencode, urlsplit
@@ -18,7 +18,6 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 import structlog
 from redis import Redis, RedisCluster
 from redis.backoff import NoBackoff
-from redis.cluster import ClusterNode
 from redis.connection import Connection, ConnectionPool, parse_url
 from redis.exceptions import (
     AskError,
@@ -55,7 +54,7 @@ class ServerInfo:
 
 
 class RedisLink:
-    """Sends pipelines over pooled connections; None instead of replies when Redis is not there.
+    """Sends commands in bulk over pooled connections; None instead of replies when Redis is not there.
 
     url: redis://, rediss:// or unix://, user and password in it; `?cluster=true` for Redis Cluster
     connect_timeout_seconds, timeout_seconds: for connecting, and for each wait on the socket
@@ -101,26 +100,30 @@ class RedisLink:
         return self._errors
 
     def execute(self, commands: Sequence[Command]) -> list[Any] | None:
-        """Send commands as one pipeline, without a transaction, and return their replies.
+        """Send commands in one go, without a transaction, and return their replies as Redis gave them.
 
-        A command that Redis refused (wrong type, memory full) has its ResponseError as the reply.
-        None: Redis is down, or went down now.
+        The key is the first argument of each command. A command that Redis refused (wrong type,
+        memory full) has its ResponseError as the reply. None: Redis is down, or went down now.
+        """
+        replies: list[Any] = [None] * len(commands)
+        complete = self.stream(commands, replies.__setitem__, window=len(commands))
+        return replies if complete else None
+
+    def stream(self, commands: Sequence[Command], accept: Callable[[int, Any], None], *, window: int) -> bool:
+        """Send commands with `window` of them in flight, and hand over each reply as it arrives.
+
+        accept(index, reply) is called in the order of `commands`. The window bounds what Redis has
+        to hold in its output buffer: it would answer a thousand large reads into memory at once.
+        False: Redis is down, or went down before all replies had come.
         """
         if not self._up:
-            return None
+            return False
         try:
-            replies = self._send(commands)
+            self._exchange(commands, accept, window)
         except _FAILURES as error:
             self._go_down(error)
-            return None
-        for reply in replies:
-            if isinstance(reply, Exception):
-                if not isinstance(reply, ResponseError) or isinstance(reply, _OUTAGE_REPLIES):
-                    self._go_down(reply)
-                    return None
-                with self._lock:
-                    self._errors += 1
-        return replies
+            return False
+        return True
 
     def server_info(self) -> ServerInfo | None:
         """Ask for memory, keys and evictions. None when down, or when the user may not ask."""
@@ -157,24 +160,33 @@ class RedisLink:
         if client is not None:
             client.close()
 
-    def _send(self, commands: Sequence[Command]) -> list[Any]:
+    def _exchange(self, commands: Sequence[Command], accept: Callable[[int, Any], None], window: int) -> None:
         client = self._connected()
-        if not isinstance(client, RedisCluster):
-            return _pipeline(client, commands)
-        # Not redis-py's cluster pipeline: after a timeout it sends every command of that node once
-        # more, one by one, and each waits for its own timeout.
-        positions_of: defaultdict[ClusterNode, list[int]] = defaultdict(list)
-        for position, command in enumerate(commands):
-            positions_of[client.get_node_from_key(command[1])].append(position)
-        replies: list[Any] = [None] * len(commands)
-        for node, positions in positions_of.items():
-            node_replies = _pipeline(client.get_redis_connection(node), [commands[i] for i in positions])
-            for position, reply in zip(positions, node_replies, strict=True):
-                replies[position] = reply
-        if any(isinstance(reply, AskError) for reply in replies):
-            # Slots are moving (MovedError is an AskError). These commands stay refused, a miss each.
+        moved = False
+        lanes: dict[ConnectionPool, _Lane] = {}
+        with ExitStack() as opened:
+            lane_of = []
+            for command in commands:
+                pool = _pool_for(client, command[1])
+                if pool not in lanes:
+                    lanes[pool] = opened.enter_context(_Lane(pool))
+                lanes[pool].commands.append(command)
+                lane_of.append(lanes[pool])
+            for lane in lanes.values():
+                lane.top_up(window)
+            for index, lane in enumerate(lane_of):
+                reply = lane.next_reply()
+                lane.top_up(window)
+                if isinstance(reply, _OUTAGE_REPLIES):
+                    raise reply
+                if isinstance(reply, Exception):
+                    moved |= isinstance(reply, AskError)  # MovedError is one, too
+                    with self._lock:
+                        self._errors += 1
+                accept(index, reply)
+        if moved and isinstance(client, RedisCluster):
+            # Slots are moving between nodes. What was refused stays refused; the next call knows better.
             client.nodes_manager.initialize()
-        return replies
 
     def _connected(self) -> Redis | RedisCluster:
         with self._lock:
@@ -220,17 +232,59 @@ class RedisLink:
                 client.ping(target_nodes=RedisCluster.PRIMARIES)
             # A read that refreshes a TTL, not PING: a user without rights or a read-only replica
             # answers PING and still cannot serve.
-            (reply,) = self._send([("GETEX", b"aquifer:probe", "PERSIST")])
+            replies: list[Any] = []
+            self._exchange(
+                [("GETEX", b"aquifer:probe", "PERSIST")], lambda _, reply: replies.append(reply), 1
+            )
         except _FAILURES as error:
             return error
-        return reply if isinstance(reply, Exception) else None
+        return replies[0] if isinstance(replies[0], Exception) else None
 
 
-def _pipeline(client: Redis, commands: Sequence[Command]) -> list[Any]:
-    pipeline = client.pipeline(transaction=False)
-    for command in commands:
-        pipeline.execute_command(*command)
-    return pipeline.execute(raise_on_error=False)
+def _pool_for(client: Redis | RedisCluster, key: Any) -> ConnectionPool:
+    if isinstance(client, RedisCluster):
+        client = client.get_redis_connection(client.get_node_from_key(key))
+    return client.connection_pool
+
+
+class _Lane:
+    """One connection, the commands meant for it, and how far it has come with them.
+
+    Written on redis-py's connections rather than its pipelines: those hold every reply until the
+    last one is there, and the cluster's repeat each command of a node that timed out, one by one,
+    each with a timeout of its own.
+    """
+
+    def __init__(self, pool: ConnectionPool) -> None:
+        self.commands: list[Command] = []
+        self._pool = pool
+        self._connection = pool.get_connection()
+        self._sent = 0
+        self._answered = 0
+
+    def __enter__(self) -> _Lane:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._answered < self._sent:
+            self._connection.disconnect()  # its next reply would be taken for somebody else's
+        self._pool.release(self._connection)
+
+    def top_up(self, window: int) -> None:
+        """Send on, if half of the window has come back."""
+        if self._sent - self._answered <= window // 2:
+            batch = self.commands[self._sent : self._answered + window]
+            self._connection.send_packed_command(self._connection.pack_commands(batch))
+            self._sent += len(batch)
+
+    def next_reply(self) -> Any:
+        """Return the next reply; a ResponseError is a reply, too."""
+        try:
+            reply = self._connection.read_response()
+        except ResponseError as error:
+            reply = error
+        self._answered += 1
+        return reply
 
 
 def _split_cluster_flag(url: str) -> tuple[str, bool]:
