@@ -34,6 +34,12 @@ def test_image_installs_runtime_dependencies_under_the_constraints(dockerfile: s
     assert "[dev]" not in dockerfile
 
 
+def test_constraints_name_no_build_so_that_both_targets_can_use_them(root: Path) -> None:
+    pins = [line for line in (root / "constraints.txt").read_text().splitlines() if line[:1].isalpha()]
+    assert any(pin.startswith("torch==") for pin in pins)
+    assert [pin for pin in pins if "+" in pin] == []
+
+
 def test_image_variables_are_settings(dockerfile: str, known_variables: set[str]) -> None:
     named = set(re.findall(r"\bAQUIFER_\w+", dockerfile))
     assert named
