@@ -136,7 +136,7 @@ class AquaDecoder:
             for half, coder in zip(Half, self._codec.coders[self._layer], strict=True):
                 indices, scales = codes[half]
                 coder.decode(self._state[rows], (indices[rows], scales[rows]))
-            emitted[rows] = self._codec.rotation.unrotate(self._state[rows].float())
+            self._codec.rotation.unrotate(self._state[rows].float(), out=emitted[rows])
         self._layer += 1
         return Half.KEYS.of(emitted), Half.VALUES.of(emitted)
 

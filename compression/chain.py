@@ -16,7 +16,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from aquifer.kernels.higgs import Quantizer, higgs_decode, higgs_encode
+from aquifer.kernels.higgs import Quantizer, higgs_decode_add, higgs_encode
 
 Codes = tuple[Tensor, Tensor]
 """Packed indices uint8 [T, C*bits/8] and scales float16 [T, C/G] of the residuals of one half of a layer."""
@@ -74,7 +74,7 @@ class HalfCoder:
         self._reconstruct(state, self.predict(state), codes)
 
     def _reconstruct(self, state: Tensor, prediction: Tensor, codes: Codes) -> None:
-        self.half.of(state).copy_(higgs_decode(*codes, self.quantizer).add_(prediction))
+        higgs_decode_add(prediction, *codes, self.quantizer, out=self.half.of(state))
 
 
 LayerCoder = tuple[HalfCoder, HalfCoder]

@@ -69,9 +69,13 @@ class Rotation:
         """x: float32 [T, C]. Returns the rows in the rotated domain."""
         return hadamard(x * self.signs, self.group)
 
-    def unrotate(self, x: Tensor) -> Tensor:
-        """The inverse. x: float32 [T, C] or several such rows side by side, [T, k*C]."""
-        return hadamard(x, self.group).view(-1, len(self.signs)).mul_(self.signs).view(x.shape)
+    def unrotate(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """The inverse. x: float32 [T, C], or several such rows side by side, [T, k*C].
+
+        Returns the shape of x: `out`, contiguous and of any float dtype, or a float32 tensor without it.
+        """
+        rows = hadamard(x, self.group).view(-1, len(self.signs))
+        return torch.mul(rows, self.signs, out=None if out is None else out.view(rows.shape)).view(x.shape)
 
 
 def hadamard(x: Tensor, group: int) -> Tensor:

@@ -82,24 +82,22 @@ def higgs_encode(x: Tensor, quantizer: Quantizer, group: int) -> tuple[Tensor, T
         to_cells = _inverse(scale[rows]).mul_(count / (2 * reach))
         # Truncation rounds down, since coordinates outside of the table, negative ones too, are clamped.
         cell = (groups * to_cells.unsqueeze(-1)).add_(count / 2).int().clamp_(0, count - 1)
-        cell = cell.view(-1, quantizer.dimension)
-        flat = cell[:, 0]
-        for axis in range(1, quantizer.dimension):
-            flat = flat * count + cell[:, axis]
-        index = quantizer.cells.take(flat.long()).view(-1, channels // quantizer.dimension)
+        flat = _flatten_cells(cell, quantizer.dimension, count)
+        index = quantizer.cells.index_select(0, flat).view(-1, channels // quantizer.dimension)
         codes[rows] = pack(index, quantizer.index_bits)
     return codes, scale
 
 
-def higgs_decode(codes: Tensor, scale: Tensor, quantizer: Quantizer) -> Tensor:
-    """The values that codes stand for, still rotated.
+def higgs_decode_add(base: Tensor, codes: Tensor, scale: Tensor, quantizer: Quantizer, out: Tensor) -> None:
+    """out = base + what the codes stand for, still rotated.
 
-    codes: uint8 [T, C*bits/8]; scale: float16 [T, C/G]
-    Returns float32 [T, C]. Twin: higgs_decode_ref.
+    base: float32 [T, C]; codes: uint8 [T, C*bits/8]; scale: float16 [T, C/G]; out: [T, C], any float dtype
+    Computes in float32 and rounds once. Twin: higgs_decode_ref.
     """
     flat = words(codes, quantizer.index_bits).flatten()
-    values = quantizer.word_values.index_select(0, flat)
-    return values.view(*scale.shape, -1).mul_(scale.unsqueeze(-1)).view(len(codes), -1)
+    values = quantizer.word_values.index_select(0, flat).view(*scale.shape, -1)
+    groups = values.shape[1:]
+    torch.addcmul(base.unflatten(1, groups), values, scale.unsqueeze(-1), out=out.unflatten(1, groups))
 
 
 def higgs_encode_ref(x: Tensor, grid: Tensor, group: int) -> tuple[Tensor, Tensor]:
@@ -112,7 +110,7 @@ def higgs_encode_ref(x: Tensor, grid: Tensor, group: int) -> tuple[Tensor, Tenso
 
 
 def higgs_decode_ref(codes: Tensor, scale: Tensor, grid: Tensor) -> Tensor:
-    """higgs_decode, index by index."""
+    """What codes stand for, float32 [T, C], index by index."""
     index = unpack(codes, len(grid).bit_length() - 1).long()
     return (grid[index].view(*scale.shape, -1) * scale.unsqueeze(-1)).view(len(codes), -1)
 
@@ -132,3 +130,13 @@ def _rms(groups: Tensor) -> Tensor:
 def _inverse(scale: Tensor) -> Tensor:
     wide = scale.float()
     return torch.where(wide > 0, wide.reciprocal(), 0.0)
+
+
+def _flatten_cells(cell: Tensor, dimension: int, count: int) -> Tensor:
+    """int32 numbers of cells whose coordinates lie side by side, by joining neighbours pair by pair."""
+    flat, radix = cell.flatten(), count
+    while dimension > 1:
+        pairs = flat.view(-1, 2)
+        flat = torch.add(pairs[:, 1], pairs[:, 0], alpha=radix)
+        dimension, radix = dimension // 2, radix * radix
+    return flat

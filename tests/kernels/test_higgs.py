@@ -4,7 +4,7 @@ from torch import Tensor
 
 from aquifer.kernels.higgs import (
     Quantizer,
-    higgs_decode,
+    higgs_decode_add,
     higgs_decode_ref,
     higgs_encode,
     higgs_encode_ref,
@@ -23,12 +23,24 @@ def rows(tokens: int, channels: int) -> Tensor:
     return 3 * torch.randn(tokens, channels, generator=torch.Generator().manual_seed(tokens))
 
 
+def higgs_decode(codes: Tensor, scale: Tensor, quantizer: Quantizer) -> Tensor:
+    base = torch.zeros(len(codes), 8 * codes.shape[1] // quantizer.index_bits * quantizer.dimension)
+    out = torch.empty_like(base)
+    higgs_decode_add(base, codes, scale, quantizer, out)
+    return out
+
+
 @pytest.mark.parametrize(("tokens", "channels", "group"), [(1, 8, 8), (7, 96, 32), (300, 256, 256)])
 def test_decoding_equals_its_twin(quantizer: Quantizer, tokens: int, channels: int, group: int) -> None:
     codes, scale = higgs_encode(rows(tokens, channels), quantizer, group)
     assert codes.shape == (tokens, quantizer.code_bytes(channels)) and codes.dtype == torch.uint8
     assert scale.shape == (tokens, channels // group) and scale.dtype == torch.float16
-    assert torch.equal(higgs_decode(codes, scale, quantizer), higgs_decode_ref(codes, scale, quantizer.grid))
+    expected = higgs_decode_ref(codes, scale, quantizer.grid)
+    assert torch.equal(higgs_decode(codes, scale, quantizer), expected)
+    base, wide = torch.randn(tokens, channels), torch.zeros(tokens, 2 * channels, dtype=torch.bfloat16)
+    higgs_decode_add(base, codes, scale, quantizer, out=wide[:, channels:])
+    torch.testing.assert_close(wide[:, channels:], (base + expected).bfloat16())
+    assert not wide[:, :channels].any()
 
 
 def test_the_cell_table_costs_little_against_an_exact_search(quantizer: Quantizer) -> None:
