@@ -27,6 +27,7 @@ from aquifer.server.engine.state import RequestState
 from aquifer.server.engine.types import (
     EngineInfo,
     EngineLoad,
+    Event,
     FailedEvent,
     FinishedEvent,
     GenerateRequest,
@@ -95,13 +96,24 @@ class Engine:
         self._thread.start()
 
     def submit(self, request: GenerateRequest, sink: Sink) -> None:
-        """Take a request; its events arrive through `sink`, on the engine's thread. Returns at once."""
+        """Take a request; its events arrive through `sink`, on the engine's thread. Returns at once.
+
+        request_id must differ from those of all running requests. A sink that raises ends its request.
+        """
         refusal = self._refusal(request)
         if refusal is not None:
             sink(refusal)
             return
         keys = self._keys(request.token_ids, request.cache_salt)
-        state = RequestState(request, sink, keys, self._decode_text)
+
+        def guarded(event: Event) -> None:
+            try:
+                sink(event)
+            except Exception as error:
+                log.warning("nobody takes the answer", request_id=request.request_id, exc_info=error)
+                self.cancel(request.request_id)
+
+        state = RequestState(request, guarded, keys, self._decode_text)
         self._inbox.put(lambda: self._enqueue(state))
 
     def cancel(self, request_id: str) -> None:

@@ -12,7 +12,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import structlog
 import torch
@@ -172,7 +172,7 @@ class StepLoop:
             self._fetched(state, Fetched([], set(), 0.0))
             return
         future = self._fetch_threads.submit(self._fetcher.fetch, state.keys, state.missing)
-        future.add_done_callback(lambda done: self._post(lambda: self._fetched(state, done.result())))
+        future.add_done_callback(lambda done: self._post(lambda: self._fetched(state, _result(done))))
 
     def _fetched(self, state: RequestState, fetched: Fetched) -> None:
         if state.phase is not Phase.FETCHING:  # cancelled meanwhile
@@ -357,6 +357,15 @@ class StepLoop:
         for key in [key for key, owner in self._claims.items() if owner is state]:
             del self._claims[key]
         self._pool.release(state.table.pages)
+
+
+def _result(done: Future[Fetched]) -> Fetched:
+    """What a fetch brought. One that failed brought nothing: a cache never fails a request."""
+    error = done.exception()
+    if error is None:
+        return done.result()
+    log.error("fetch failed; recomputing", exc_info=error)
+    return Fetched([], set(), 0.0)
 
 
 def pages_of(tokens: int) -> int:

@@ -3,6 +3,7 @@ from, the tokens are those of plain `generate`."""
 
 import random
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -288,3 +289,37 @@ def test_lossy_codec_restores_the_same_bytes_to_the_same_text(codec: str, make_e
     first, second = (tokens(engine, ask(ids)) for _ in range(2))
     assert first[0] == second[0]
     assert first[1].cached.ram == 1024
+
+
+def test_a_failing_fetch_is_a_miss_and_not_an_error(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    engine = make_engine(model, keep=False)
+    ids = prompt(19, 600)
+    tokens(engine, ask(ids))
+    assert engine.flush(30)
+
+    def broken(keys: object) -> None:
+        raise OSError("the store is broken")
+
+    monkeypatch.setattr(engine.store, "get", broken)
+    answer, last = tokens(engine, ask(ids))
+    assert answer == greedy_reference(model, ids, 8)
+    assert last.cached.total == 0
+
+
+def test_a_sink_that_raises_ends_only_its_own_request(make_engine: MakeEngine) -> None:
+    model = tiny_model("llama")
+    engine = make_engine(model, keep=False)
+
+    def broken(event: Event) -> None:
+        raise RuntimeError("nobody listens")
+
+    sampling = SamplingParams(max_new_tokens=3000, ignore_eos=True)
+    engine.submit(GenerateRequest("deaf", prompt(20, 300), sampling), broken)
+    ids = prompt(21, 300)
+    assert tokens(engine, ask(ids))[0] == greedy_reference(model, ids, 8)
+    while engine.load().running:
+        time.sleep(0.01)
+    assert engine.load().device_bytes["resident"] == 0
