@@ -2,8 +2,8 @@
 
 Equal slots because a store of mixed sizes fragments after hours and then refuses records that would
 fit; one block because the server can then register it with CUDA once. A slot is in one of three
-states: free, linked (found by its key), or unlinked but still leased (deleted, freed at the last
-release).
+states: free, linked (found by its key), or unlinked but leased (being written, or deleted and freed at
+the last release).
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class _Entry:
     key: SegmentKey
     slot: int
     length: int
-    rank: tuple[int, int]
+    rank: tuple[int, int] = (0, 0)
     leases: int = 0
-    linked: bool = True
+    linked: bool = False
 
 
 class _ArenaLease(Lease):
@@ -58,6 +58,25 @@ class _ArenaLease(Lease):
     def release(self) -> None:
         super().release()
         self._arena._release(self)
+
+
+class Reservation:
+    """A slot being written into in place. End it with `commit` or `abort`, once."""
+
+    __slots__ = ("_arena", "_entry", "buffer")
+
+    def __init__(self, arena: RamArena, entry: _Entry, buffer: memoryview) -> None:
+        self.buffer = buffer
+        self._arena = arena
+        self._entry = entry
+
+    def commit(self, found_in: str) -> Lease:
+        """Make the record findable and lease it. If the key was put meanwhile, that record is leased."""
+        return self._arena._commit(self._entry, found_in)
+
+    def abort(self) -> None:
+        """Give the slot back."""
+        self._arena._abort(self._entry)
 
 
 class RamArena:
@@ -128,16 +147,30 @@ class RamArena:
         with self._lock:
             return self._place(key, record)[0] is not None
 
-    def insert(self, key: SegmentKey, record: Buffer, found_in: str) -> tuple[Lease | None, bool]:
+    def reserve(self, key: SegmentKey, num_bytes: int) -> Reservation | None:
+        """Take a slot to write a record into in place; None when every slot is leased or pinned.
+
+        Raises ValueError if the record is larger than a slot.
+        """
+        with self._lock:
+            entry = self._take_slot(key, num_bytes)
+            if entry is None:
+                return None
+            # Unlinked and leased: nobody finds it, and nobody else gets its slot.
+            entry.leases += 1
+            self._open_leases += 1
+            start = entry.slot * self._stride
+            return Reservation(self, entry, self.buffer[start : start + num_bytes])
+
+    def insert(self, key: SegmentKey, record: Buffer) -> tuple[Lease | None, bool]:
         """Put a record and lease it in one step, so that nothing can evict it in between.
 
-        found_in: the tier name that the lease carries.
         Returns the lease of what is stored now (None: refused) and whether this call stored it.
         Raises ValueError if the record is larger than a slot.
         """
         with self._lock:
             entry, is_new = self._place(key, record)
-            return (self._lease(entry, found_in) if entry else None), is_new
+            return (self._lease(entry, self.name) if entry else None), is_new
 
     def contains(self, keys: Sequence[SegmentKey]) -> list[bool]:
         with self._lock:
@@ -190,28 +223,50 @@ class RamArena:
                 self._unlink(entry)
             self._entries.clear()
 
-    # Below here the lock is held, except in `_release`.
+    # Below here the lock is held, except in `_commit`, `_release` and `_abort`, which take it.
 
     def _place(self, key: SegmentKey, record: Buffer) -> tuple[_Entry | None, bool]:
         started = time.perf_counter()
         source = memoryview(record).cast("B")
-        if source.nbytes > self.slot_bytes:
-            raise ValueError(f"a record of {source.nbytes} bytes does not fit a slot of {self.slot_bytes}")
         if (present := self._entries.get(key)) is not None:
             return present, False
-        if not self._free and not self._evict_one():
-            self._counters.dropped_writes += 1
+        entry = self._take_slot(key, source.nbytes)
+        if entry is None:
             return None, False
-        slot = self._free.pop()
-        start = slot * self._stride
         # Under the lock on purpose: the copy holds the GIL anyway, so nothing else could run.
+        start = entry.slot * self._stride
         self.buffer[start : start + source.nbytes] = source
-        entry = _Entry(key, slot, source.nbytes, self._rank_of_new(key))
-        self._entries[key] = entry
+        self._link(entry)
         self._offer(entry)
-        self._counters.write_bytes += entry.length
         self._counters.write_seconds += time.perf_counter() - started
         return entry, True
+
+    def _take_slot(self, key: SegmentKey, num_bytes: int) -> _Entry | None:
+        """Find a slot, evicting if need be, for a record that nobody can find yet."""
+        if num_bytes > self.slot_bytes:
+            raise ValueError(f"a record of {num_bytes} bytes does not fit a slot of {self.slot_bytes}")
+        if not self._free and not self._evict_one():
+            self._counters.dropped_writes += 1
+            return None
+        return _Entry(key, self._free.pop(), num_bytes)
+
+    def _link(self, entry: _Entry) -> None:
+        """Let an entry be found by its key, which must be free."""
+        entry.linked = True
+        entry.rank = self._rank_of_new(entry.key)
+        self._entries[entry.key] = entry
+        self._counters.write_bytes += entry.length
+
+    def _commit(self, entry: _Entry, found_in: str) -> Lease:
+        """Link a reserved entry and hand its lease on; the lease of what is there, if another was first."""
+        with self._lock:
+            if (present := self._entries.get(entry.key)) is not None:
+                self._give_back(entry)
+                return self._lease(present, found_in)
+            self._link(entry)
+            lease = self._lease(entry, found_in)
+            self._give_back(entry)
+            return lease
 
     def _rank_of_new(self, key: SegmentKey) -> tuple[int, int]:
         """Join the parent's prefix, one deeper; without a parent here, begin a new prefix."""
@@ -229,16 +284,22 @@ class RamArena:
 
     def _release(self, lease: _ArenaLease) -> None:
         with self._lock:
-            if not lease._open:
-                return
-            lease._open = False
-            entry = lease._entry
-            entry.leases -= 1
-            self._open_leases -= 1
-            if entry.linked:
-                self._offer(entry)
-            elif entry.leases == 0:
-                self._free.append(entry.slot)
+            if lease._open:
+                lease._open = False
+                self._give_back(lease._entry)
+
+    def _abort(self, entry: _Entry) -> None:
+        with self._lock:
+            self._give_back(entry)
+
+    def _give_back(self, entry: _Entry) -> None:
+        """End one lease."""
+        entry.leases -= 1
+        self._open_leases -= 1
+        if entry.linked:
+            self._offer(entry)
+        elif entry.leases == 0:
+            self._free.append(entry.slot)
 
     def _unlink(self, entry: _Entry) -> None:
         """Make an entry unreachable; its slot is free now, or at the last release."""

@@ -8,11 +8,12 @@ Nothing that redis-py raises gets past this file.
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 import structlog
@@ -20,27 +21,24 @@ from redis import Redis, RedisCluster
 from redis.backoff import NoBackoff
 from redis.connection import Connection, ConnectionPool, parse_url
 from redis.exceptions import (
-    AskError,
-    ClusterDownError,
-    NoPermissionError,
-    ReadOnlyError,
     RedisClusterException,
     RedisError,
     ResponseError,
 )
 from redis.retry import Retry
 
+from aquifer.cachestore.redis_wire import Bulk, RefusedError, Reply, ReplyReader
+
 log = structlog.get_logger(__name__)
 
 Command = tuple[bytes | str | int | memoryview, ...]
 
-# Replies to a single command that mean "this server cannot serve us now", not "this command is wrong".
-_OUTAGE_REPLIES = (ReadOnlyError, NoPermissionError, ClusterDownError)
-# What a round trip may raise. RedisClusterException stands outside redis-py's own RedisError.
-_FAILURES = (RedisError, RedisClusterException, OSError)
+Receive = Callable[[int, Reply | Bulk, ReplyReader], None]
 
-# Large reads: 32 kB, redis-py's default, costs a system call and a GIL hand-over each.
-SOCKET_READ_BYTES = 1 << 20
+# Refusals that mean "this server cannot serve us now", not "this command is wrong".
+_OUTAGE_CODES = frozenset({"READONLY", "NOPERM", "NOAUTH", "LOADING", "CLUSTERDOWN", "MASTERDOWN", "BUSY"})
+# What a round trip may raise. RedisClusterException stands outside redis-py's own RedisError.
+_FAILURES = (RedisError, RedisClusterException, RefusedError, OSError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +73,6 @@ class RedisLink:
         self._options: dict[str, Any] = {
             "socket_connect_timeout": connect_timeout_seconds,
             "socket_timeout": timeout_seconds,
-            "socket_read_size": SOCKET_READ_BYTES,
             # RESP2: nothing here needs more, and RESP3 adds a handshake and push messages.
             "protocol": 2,
             **parse_url(plain_url),
@@ -103,23 +100,27 @@ class RedisLink:
         """Send commands in one go, without a transaction, and return their replies as Redis gave them.
 
         The key is the first argument of each command. A command that Redis refused (wrong type,
-        memory full) has its ResponseError as the reply. None: Redis is down, or went down now.
+        memory full) has its RefusedError as the reply. None: Redis is down, or went down now.
         """
         replies: list[Any] = [None] * len(commands)
-        complete = self.stream(commands, replies.__setitem__, window=len(commands))
-        return replies if complete else None
 
-    def stream(self, commands: Sequence[Command], accept: Callable[[int, Any], None], *, window: int) -> bool:
-        """Send commands with `window` of them in flight, and hand over each reply as it arrives.
+        def keep(index: int, head: Reply | Bulk, reader: ReplyReader) -> None:
+            replies[index] = reader.value(head.length) if isinstance(head, Bulk) else head
 
-        accept(index, reply) is called in the order of `commands`. The window bounds what Redis has
-        to hold in its output buffer: it would answer a thousand large reads into memory at once.
+        return replies if self.stream(commands, keep, window=len(commands)) else None
+
+    def stream(self, commands: Sequence[Command], receive: Receive, *, window: int) -> bool:
+        """Send commands with `window` of them in flight, and receive the replies as they arrive.
+
+        receive(index, head, reader) is called in the order of `commands`; where the head is a Bulk,
+        it reads that string to its end. The window bounds what Redis has to hold in its output
+        buffer: it would answer a thousand large reads into memory at once.
         False: Redis is down, or went down before all replies had come.
         """
         if not self._up:
             return False
         try:
-            self._exchange(commands, accept, window)
+            self._exchange(commands, receive, window)
         except _FAILURES as error:
             self._go_down(error)
             return False
@@ -160,7 +161,7 @@ class RedisLink:
         if client is not None:
             client.close()
 
-    def _exchange(self, commands: Sequence[Command], accept: Callable[[int, Any], None], window: int) -> None:
+    def _exchange(self, commands: Sequence[Command], receive: Receive, window: int) -> None:
         client = self._connected()
         moved = False
         lanes: dict[ConnectionPool, _Lane] = {}
@@ -175,15 +176,16 @@ class RedisLink:
             for lane in lanes.values():
                 lane.top_up(window)
             for index, lane in enumerate(lane_of):
-                reply = lane.next_reply()
-                lane.top_up(window)
-                if isinstance(reply, _OUTAGE_REPLIES):
-                    raise reply
-                if isinstance(reply, Exception):
-                    moved |= isinstance(reply, AskError)  # MovedError is one, too
+                head = lane.reader.head()
+                if isinstance(head, RefusedError):
+                    if head.code in _OUTAGE_CODES:
+                        raise head
+                    moved |= head.code in {"MOVED", "ASK"}
                     with self._lock:
                         self._errors += 1
-                accept(index, reply)
+                receive(index, head, lane.reader)
+                lane.answered += 1
+                lane.top_up(window)
         if moved and isinstance(client, RedisCluster):
             # Slots are moving between nodes. What was refused stays refused; the next call knows better.
             client.nodes_manager.initialize()
@@ -232,13 +234,15 @@ class RedisLink:
                 client.ping(target_nodes=RedisCluster.PRIMARIES)
             # A read that refreshes a TTL, not PING: a user without rights or a read-only replica
             # answers PING and still cannot serve.
-            replies: list[Any] = []
-            self._exchange(
-                [("GETEX", b"aquifer:probe", "PERSIST")], lambda _, reply: replies.append(reply), 1
-            )
+            self._exchange([("GETEX", b"aquifer:probe", "PERSIST")], _expect_nothing, window=1)
         except _FAILURES as error:
             return error
-        return replies[0] if isinstance(replies[0], Exception) else None
+        return None
+
+
+def _expect_nothing(index: int, head: Reply | Bulk, reader: ReplyReader) -> None:
+    if head is not None:
+        raise head if isinstance(head, RefusedError) else ConnectionError("the probe key holds a value")
 
 
 def _pool_for(client: Redis | RedisCluster, key: Any) -> ConnectionPool:
@@ -250,41 +254,35 @@ def _pool_for(client: Redis | RedisCluster, key: Any) -> ConnectionPool:
 class _Lane:
     """One connection, the commands meant for it, and how far it has come with them.
 
-    Written on redis-py's connections rather than its pipelines: those hold every reply until the
-    last one is there, and the cluster's repeat each command of a node that timed out, one by one,
-    each with a timeout of its own.
+    redis-py makes the connection (login, TLS, timeouts) and sends; replies are read by ReplyReader.
+    Its pipelines would hold every reply until the last one is there, and its cluster pipelines send
+    each command of a node that timed out once more, one by one, each with a timeout of its own.
     """
 
     def __init__(self, pool: ConnectionPool) -> None:
         self.commands: list[Command] = []
+        self.answered = 0
+        self._sent = 0
         self._pool = pool
         self._connection = pool.get_connection()
-        self._sent = 0
-        self._answered = 0
+        # Between two exchanges nothing is left unread, so that redis-py and this reader can take turns.
+        connected = cast(socket.socket, self._connection._sock)
+        self.reader = ReplyReader(connected)
 
     def __enter__(self) -> _Lane:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._answered < self._sent:
+        if self.answered < self._sent:
             self._connection.disconnect()  # its next reply would be taken for somebody else's
         self._pool.release(self._connection)
 
     def top_up(self, window: int) -> None:
         """Send on, if half of the window has come back."""
-        if self._sent - self._answered <= window // 2:
-            batch = self.commands[self._sent : self._answered + window]
+        if self._sent - self.answered <= window // 2:
+            batch = self.commands[self._sent : self.answered + window]
             self._connection.send_packed_command(self._connection.pack_commands(batch))
             self._sent += len(batch)
-
-    def next_reply(self) -> Any:
-        """Return the next reply; a ResponseError is a reply, too."""
-        try:
-            reply = self._connection.read_response()
-        except ResponseError as error:
-            reply = error
-        self._answered += 1
-        return reply
 
 
 def _split_cluster_flag(url: str) -> tuple[str, bool]:

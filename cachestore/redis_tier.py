@@ -17,14 +17,13 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
-
-from redis.exceptions import ResponseError
+from typing import TYPE_CHECKING, Any, Protocol
 
 from aquifer.cachestore.keys import SegmentKey
 from aquifer.cachestore.redis_link import Command, RedisLink
+from aquifer.cachestore.redis_wire import Bulk, RefusedError, Reply, ReplyReader
 from aquifer.cachestore.tier import Counters, Lease, TierStats
 
 if TYPE_CHECKING:
@@ -40,6 +39,19 @@ WINDOW_BYTES = 4 << 20
 _HEAD = struct.Struct("<4sQ8s")  # magic, total length in bytes, nonce
 _MAGIC = b"AQS1"
 _NONCE_BYTES = 8
+
+
+class Landing(Protocol):
+    """Where the records of one read go. Called on several threads, on one for each index."""
+
+    def allocate(self, index: int, num_bytes: int) -> memoryview:
+        """Provide memory for the record of keys[index], before it is known to be whole."""
+
+    def complete(self, index: int) -> None:
+        """Take over what was written there, or give the memory back and raise ValueError: damaged."""
+
+    def abandon(self, index: int) -> None:
+        """Give the memory back: the record did not arrive whole."""
 
 
 class RedisTier:
@@ -74,19 +86,14 @@ class RedisTier:
         return self.link.up
 
     def get(self, keys: Sequence[SegmentKey]) -> list[Lease | None]:
-        leases: list[Lease | None] = [None] * len(keys)
+        landing = _OwnMemory(len(keys))
+        self.read(keys, landing)
+        return landing.leases
 
-        def keep(index: int, record: memoryview) -> None:
-            leases[index] = Lease(record, self.name)
+    def read(self, keys: Sequence[SegmentKey], landing: Landing) -> None:
+        """Fetch records straight into the memory that `landing` provides.
 
-        self.read(keys, keep)
-        return leases
-
-    def read(self, keys: Sequence[SegmentKey], accept: Callable[[int, memoryview], None]) -> None:
-        """Fetch records and hand each over as it arrives: accept(index in keys, record).
-
-        `accept` runs on several threads. It raises a ValueError for a record that it finds damaged;
-        that one is deleted and counted as corrupt.
+        What it finds damaged is deleted and counted as corrupt.
         """
         if not keys:
             return
@@ -99,9 +106,9 @@ class RedisTier:
         shares = [range(first, len(keys), count) for first in range(count)]
         try:
             if count == 1:
-                self._read_share(keys, shares[0], accept)
+                self._read_share(keys, shares[0], landing)
             else:
-                list(self._readers.map(lambda share: self._read_share(keys, share, accept), shares))
+                list(self._readers.map(lambda share: self._read_share(keys, share, landing), shares))
         finally:
             with self._lock:
                 self._counters.read_seconds += time.perf_counter() - started
@@ -154,44 +161,23 @@ class RedisTier:
     def _part_names(self, name: bytes) -> list[bytes]:
         return [name, *(b"%s:%d" % (name, part) for part in range(1, self._num_parts))]
 
-    def _read_share(
-        self, keys: Sequence[SegmentKey], share: Sequence[int], accept: Callable[[int, memoryview], None]
-    ) -> None:
+    def _read_share(self, keys: Sequence[SegmentKey], share: Sequence[int], landing: Landing) -> None:
         """Read the records keys[i] for i in share over one connection."""
-        damaged: list[SegmentKey] = []
-        parts: list[Any] = []
-        hits = read_bytes = 0
-
-        def take(position: int, reply: Any) -> None:
-            nonlocal hits, read_bytes
-            parts.append(reply)
-            if len(parts) < self._num_parts:
-                return
-            index = share[position // self._num_parts]
-            try:
-                record = _join(parts)
-                if record is not None:
-                    accept(index, record)
-                    hits += 1
-                    read_bytes += record.nbytes
-            except ValueError:
-                damaged.append(keys[index])
-            finally:
-                parts.clear()
-
         # GETEX reads and begins the lifetime anew in one command.
         verb = "GETEX" if self._expiry else "GET"
         names = [name for index in share for name in self._part_names(keys[index].redis_name)]
         window = max(2, WINDOW_BYTES // min(self.max_record_bytes, PART_BYTES))
+        assembly = _Assembly(share, self._num_parts, self.max_record_bytes, landing)
         try:
-            self.link.stream([(verb, name, *self._expiry) for name in names], take, window=window)
+            self.link.stream([(verb, name, *self._expiry) for name in names], assembly.receive, window=window)
         finally:
+            assembly.stop()
             with self._lock:
-                self._counters.hits += hits
-                self._counters.misses += len(share) - hits
-                self._counters.corrupt += len(damaged)
-                self._counters.read_bytes += read_bytes
-        self.delete(damaged)
+                self._counters.hits += assembly.hits
+                self._counters.misses += len(share) - assembly.hits
+                self._counters.corrupt += len(assembly.damaged)
+                self._counters.read_bytes += assembly.read_bytes
+        self.delete([keys[index] for index in assembly.damaged])
 
     def _write(self, name: bytes, record: memoryview) -> bool | None:
         """True: stored. False: the key was taken. None: it could not be stored."""
@@ -220,28 +206,110 @@ class RedisTier:
 
 
 def _any_failed(replies: list[Any] | None) -> bool:
-    return replies is None or any(isinstance(reply, ResponseError) for reply in replies)
+    return replies is None or any(isinstance(reply, RefusedError) for reply in replies)
 
 
-def _join(parts: Sequence[Any]) -> memoryview | None:
-    """Put a record together; None if there is none.
+class _OwnMemory:
+    """Lands each record in memory of its own."""
 
-    Raises ValueError if it is not ours, cut short, or of two writers.
-    """
-    head = parts[0]
-    if head is None:
-        return None
-    if not isinstance(head, bytes) or len(head) < _HEAD.size:
-        raise ValueError("not a record")
-    magic, length, nonce = _HEAD.unpack_from(head)
-    if magic != _MAGIC:
-        raise ValueError("not a record of this version")
-    pieces = [memoryview(head)[_HEAD.size :]]
-    for tail in parts[1 : -(-length // PART_BYTES)]:
-        if not isinstance(tail, bytes) or tail[:_NONCE_BYTES] != nonce:
-            raise ValueError("a part is missing or from another write")
-        pieces.append(memoryview(tail)[_NONCE_BYTES:])
-    if sum(piece.nbytes for piece in pieces) != length:
-        raise ValueError("cut short, or longer than it says")
-    # One part is the common case and needs no copy.
-    return pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
+    def __init__(self, count: int) -> None:
+        self.leases: list[Lease | None] = [None] * count
+        self._arriving: dict[int, memoryview] = {}
+
+    def allocate(self, index: int, num_bytes: int) -> memoryview:
+        self._arriving[index] = memoryview(bytearray(num_bytes))
+        return self._arriving[index]
+
+    def complete(self, index: int) -> None:
+        self.leases[index] = Lease(self._arriving.pop(index).toreadonly(), RedisTier.name)
+
+    def abandon(self, index: int) -> None:
+        del self._arriving[index]
+
+
+class _Assembly:
+    """Puts records together from their parts, which arrive in order, on one connection."""
+
+    def __init__(self, share: Sequence[int], num_parts: int, max_record_bytes: int, landing: Landing) -> None:
+        self.hits = 0
+        self.read_bytes = 0
+        self.damaged: list[int] = []
+        self._share = share
+        self._num_parts = num_parts
+        self._max_record_bytes = max_record_bytes
+        self._landing = landing
+        # The record in hand: its memory once the first part is there, and what it says of itself.
+        self._index = -1
+        self._target: memoryview | None = None
+        self._nonce = b""
+        self._is_damaged = False
+
+    def receive(self, position: int, head: Reply | Bulk, reader: ReplyReader) -> None:
+        record, part = divmod(position, self._num_parts)
+        if part == 0:
+            self._index = self._share[record]
+            self._is_damaged = False
+        if isinstance(head, Bulk):
+            prefix = bytearray(min(head.length, _NONCE_BYTES if part else _HEAD.size))
+            reader.read_into(memoryview(prefix))
+            room = self._room(part, bytes(prefix), head.length - len(prefix))
+            if room is None:
+                reader.skip(head.length - len(prefix))
+            else:
+                reader.read_into(room)
+            reader.end()
+        elif part == 0:
+            self._is_damaged = head is not None  # not even a string
+        elif self._part_of_target(part):
+            self._is_damaged = True  # a part is missing
+        if part == self._num_parts - 1:
+            self._finish()
+
+    def stop(self) -> None:
+        """Give back what was under way when the connection ended."""
+        if self._target is not None:
+            self._landing.abandon(self._index)
+
+    def _room(self, part: int, prefix: bytes, length: int) -> memoryview | None:
+        """Say where `length` bytes of this part go; None if they are not wanted."""
+        if part == 0:
+            total = self._open(prefix)
+            if total is None or length != min(total, PART_BYTES):
+                self._is_damaged = True
+                return None
+            self._target = self._landing.allocate(self._index, total)
+            return self._target[:PART_BYTES]
+        room = self._part_of_target(part)
+        if not room:
+            return None  # left over from a longer record, or its head is gone
+        if prefix != self._nonce or length != room.nbytes:
+            self._is_damaged = True
+            return None
+        return room
+
+    def _open(self, prefix: bytes) -> int | None:
+        """Read the header: the record's length, or None if it is not ours."""
+        if len(prefix) < _HEAD.size:
+            return None
+        magic, total, self._nonce = _HEAD.unpack(prefix)
+        return total if magic == _MAGIC and total <= self._max_record_bytes else None
+
+    def _part_of_target(self, part: int) -> memoryview | None:
+        """The memory of this part; empty or None if the record in hand has no such part."""
+        return self._target[part * PART_BYTES : (part + 1) * PART_BYTES] if self._target else None
+
+    def _finish(self) -> None:
+        target, self._target = self._target, None
+        if target is not None:
+            if self._is_damaged:
+                self._landing.abandon(self._index)
+            else:
+                try:
+                    self._landing.complete(self._index)
+                except ValueError:
+                    self._is_damaged = True
+                else:
+                    self.hits += 1
+                    self.read_bytes += target.nbytes
+        if self._is_damaged:
+            self.damaged.append(self._index)

@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from aquifer.cachestore.arena import RamArena
+from aquifer.cachestore.arena import RamArena, Reservation
 from aquifer.cachestore.keys import SegmentKey
 from aquifer.cachestore.redis_tier import RedisTier
 from aquifer.cachestore.tier import Lease, TierStats
@@ -62,20 +62,16 @@ class TieredStore:
         if self.redis is None or not missing:
             return leases
 
-        def promote(position: int, record: memoryview) -> None:
-            self._verify(record)
-            index = missing[position]
-            lease, _ = self.ram.insert(keys[index], record, found_in="redis")
-            # Every slot leased or pinned: the bytes still serve this caller, from their own memory.
-            leases[index] = lease or Lease(record, "redis")
-
+        landing = _Promotion(self.ram, [keys[index] for index in missing], self._verify)
         try:
-            self.redis.read([keys[index] for index in missing], promote)
+            self.redis.read(landing.keys, landing)
         except BaseException:
-            for lease in leases:
+            for lease in [*leases, *landing.leases]:
                 if lease is not None:
                     lease.release()
             raise
+        for index, lease in zip(missing, landing.leases, strict=True):
+            leases[index] = lease
         return leases
 
     def contains(self, keys: Sequence[SegmentKey]) -> list[str | None]:
@@ -93,7 +89,7 @@ class TieredStore:
 
         Raises ValueError if the record is larger than the arena's slot.
         """
-        lease, is_new = self.ram.insert(key, record, found_in="ram")
+        lease, is_new = self.ram.insert(key, record)
         if self._write_behind is not None and (is_new or lease is None):
             kept_in_ram = lease is not None
             queued = self._write_behind.offer(key, lease or Lease(memoryview(bytes(record)), "ram"))
@@ -141,3 +137,44 @@ class TieredStore:
         if self.redis is not None:
             self.redis.close()
         self.ram.close()
+
+
+class _Promotion:
+    """Lands what Redis has in the arena, checked."""
+
+    def __init__(
+        self, ram: RamArena, keys: Sequence[SegmentKey], verify: Callable[[memoryview], None]
+    ) -> None:
+        self.keys = keys
+        self.leases: list[Lease | None] = [None] * len(keys)
+        self._ram = ram
+        self._verify = verify
+        self._arriving: dict[int, Reservation | memoryview] = {}
+
+    def allocate(self, index: int, num_bytes: int) -> memoryview:
+        reservation = self._ram.reserve(self.keys[index], num_bytes)
+        if reservation is not None:
+            self._arriving[index] = reservation
+            return reservation.buffer
+        # Every slot leased or pinned: the record still serves this caller, from memory of its own.
+        own = memoryview(bytearray(num_bytes))
+        self._arriving[index] = own
+        return own
+
+    def complete(self, index: int) -> None:
+        place = self._arriving[index]
+        try:
+            self._verify((place if isinstance(place, memoryview) else place.buffer).toreadonly())
+        except BaseException:
+            self.abandon(index)
+            raise
+        del self._arriving[index]
+        if isinstance(place, memoryview):
+            self.leases[index] = Lease(place.toreadonly(), RedisTier.name)
+        else:
+            self.leases[index] = place.commit(RedisTier.name)
+
+    def abandon(self, index: int) -> None:
+        place = self._arriving.pop(index)
+        if isinstance(place, Reservation):
+            place.abort()

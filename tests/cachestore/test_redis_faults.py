@@ -28,6 +28,27 @@ def raw(server: Any) -> Iterator[Redis]:
         yield client
 
 
+class Landing:
+    """Lands records in its own memory, and lets a test step in when one is complete."""
+
+    def __init__(self) -> None:
+        self.arriving: dict[int, memoryview] = {}
+        self.completed: dict[int, bytes] = {}
+        self.on_complete: Callable[[int], object] = lambda index: None
+
+    def allocate(self, index: int, num_bytes: int) -> memoryview:
+        self.arriving[index] = memoryview(bytearray(num_bytes))
+        return self.arriving[index]
+
+    def complete(self, index: int) -> None:
+        record = bytes(self.arriving.pop(index))
+        self.on_complete(index)
+        self.completed[index] = record
+
+    def abandon(self, index: int) -> None:
+        del self.arriving[index]
+
+
 def read(tier: RedisTier, index: int = 0) -> bytes | None:
     (lease,) = tier.get(KEYS[index : index + 1])
     return None if lease is None else bytes(lease.data)
@@ -100,18 +121,15 @@ def test_a_failure_in_the_middle_of_a_large_read_is_a_miss(
     for key in KEYS:
         assert tier.put(key, record)
 
-    taken: list[int] = []
-
-    def cut_the_connections_after_the_first(index: int, arrived: memoryview) -> None:
-        if not taken:
-            raw.client_kill_filter(_type="normal", skipme=True)
-        taken.append(index)
-        assert bytes(arrived) == record
-
-    tier.read(KEYS, cut_the_connections_after_the_first)
+    landing = Landing()
+    landing.on_complete = lambda index: raw.client_kill_filter(_type="normal", skipme=True)
+    tier.read(KEYS, landing)
     stats = tier.stats()
-    assert stats.hits == len(taken)
+    assert set(landing.completed.values()) == {record}
+    assert stats.hits == len(landing.completed)
     assert stats.hits + stats.misses == len(KEYS)
+    assert stats.misses > 0
+    assert landing.arriving == {}, "memory of the record that was cut off is given back"
     wait_until(lambda: tier.up)
     assert all(tier.get(KEYS))
 
@@ -184,10 +202,12 @@ def test_a_record_that_the_reader_rejects_is_deleted(server: Any, make_tier: Any
     tier = make_tier(server.url)
     tier.put(KEYS[0], b"damaged")
 
-    def reject(index: int, record: memoryview) -> None:
+    def reject(index: int) -> None:
         raise ValueError("checksum")
 
-    tier.read(KEYS[:1], reject)
+    landing = Landing()
+    landing.on_complete = reject
+    tier.read(KEYS[:1], landing)
     stats = tier.stats()
     assert (stats.hits, stats.misses, stats.corrupt) == (0, 1, 1)
     assert tier.contains(KEYS[:1]) == [False]
