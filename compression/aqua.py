@@ -34,8 +34,8 @@ LAYER_ALIGNMENT = 16
 LAYOUT_VERSION = 1
 SCALE_BYTES = 2
 
-CPU_BLOCK_TOKENS = 1024
-"""Rows are independent of each other, so on a CPU they run through a layer in blocks that stay in cache."""
+CPU_BLOCK_VALUES = 1 << 18
+"""On a CPU, rows run through a layer in blocks of this many values per half, so that they stay in cache."""
 
 
 class AquaCodec:
@@ -172,14 +172,16 @@ def load_quantizer(bits: int, device: torch.device) -> Quantizer:
 
 
 def row_blocks(state: Tensor) -> list[slice]:
-    """Blocks of rows to take through a layer one after the other."""
-    step = len(state) if state.is_cuda else CPU_BLOCK_TOKENS
-    return [slice(start, start + step) for start in range(0, len(state), max(step, 1))]
+    """Blocks of rows to take through a layer one after the other; rows are independent of each other."""
+    tokens, width = state.shape
+    step = tokens if state.is_cuda else max(1, 2 * CPU_BLOCK_VALUES // width)
+    return [slice(start, start + step) for start in range(0, tokens, step)]
 
 
 def check_finite(keys: Tensor, values: Tensor) -> None:
     """Raise ValueError at an infinity or a NaN: it would spread over its row and all later layers."""
     for name, tensor in (("keys", keys), ("values", values)):
-        # The largest magnitude is finite only if all values are; a reduction reads the tensor only once.
-        if tensor.numel() and not torch.linalg.vector_norm(tensor, ord=torch.inf).isfinite():
+        # The extremes are finite only if all values are, and one reduction reads the tensor only once.
+        low, high = torch.aminmax(tensor)
+        if not (low.isfinite() & high.isfinite()):
             raise ValueError(f"{name} hold values that are not finite")

@@ -20,9 +20,6 @@ from aquifer.kernels.packing import pack, unpack, word_values, words
 # for the 4-d grid, whose table would otherwise outgrow the cache. An exact search costs ten times the time.
 _CELLS = {2: (512, 5.0), 4: (32, 3.0)}
 
-_BLOCK_VALUES = 1 << 18
-"""Values per step of an encode pass: the intermediates stay in a core's cache."""
-
 
 @dataclass(frozen=True)
 class Quantizer:
@@ -57,10 +54,9 @@ class Quantizer:
 
     def code_bytes(self, channels: int) -> int:
         """Bytes of one packed row of C values. Raises ValueError unless they are whole."""
-        bits = channels // self.dimension * self.index_bits
-        if channels % 8 or bits % 8:
+        if channels % 8:
             raise ValueError(f"rows are coded in units of 8 values; {channels} channels do not divide")
-        return bits // 8
+        return channels // self.dimension * self.index_bits // 8
 
 
 def higgs_encode(x: Tensor, quantizer: Quantizer, group: int) -> tuple[Tensor, Tensor]:
@@ -68,24 +64,19 @@ def higgs_encode(x: Tensor, quantizer: Quantizer, group: int) -> tuple[Tensor, T
 
     x: [T, C] float32, any finite values; G = group divides C
     Returns codes uint8 [T, C*bits/8] and scale float16 [T, C/G], the RMS of each group (at most 65504).
-    A group of zeros gets the scale 0. Twin: higgs_encode_ref.
+    A group of zeros gets the scale 0.
+    Twin: higgs_encode_ref.
     """
     tokens, channels = x.shape
-    step = max(1, _BLOCK_VALUES // channels)
-    codes = torch.empty(tokens, quantizer.code_bytes(channels), dtype=torch.uint8, device=x.device)
-    scale = torch.empty(tokens, channels // group, dtype=torch.float16, device=x.device)
+    groups = x.unflatten(1, (channels // group, group))
+    scale = _rms(groups)
     count, reach = _CELLS[quantizer.dimension]
-    for start in range(0, tokens, step):
-        rows = slice(start, start + step)
-        groups = x[rows].view(-1, channels // group, group)
-        scale[rows] = _rms(groups)
-        to_cells = _inverse(scale[rows]).mul_(count / (2 * reach))
-        # Truncation rounds down, since coordinates outside of the table, negative ones too, are clamped.
-        cell = (groups * to_cells.unsqueeze(-1)).add_(count / 2).int().clamp_(0, count - 1)
-        flat = _flatten_cells(cell, quantizer.dimension, count)
-        index = quantizer.cells.index_select(0, flat).view(-1, channels // quantizer.dimension)
-        codes[rows] = pack(index, quantizer.index_bits)
-    return codes, scale
+    to_cells = _inverse(scale).mul_(count / (2 * reach))
+    # Truncation rounds down, since coordinates outside of the table, negative ones too, are clamped.
+    cell = (groups * to_cells.unsqueeze(-1)).add_(count / 2).int().clamp_(0, count - 1)
+    flat = _flatten_cells(cell, quantizer.dimension, count)
+    index = quantizer.cells.index_select(0, flat).view(tokens, channels // quantizer.dimension)
+    return pack(index, quantizer.index_bits), scale
 
 
 def higgs_decode_add(base: Tensor, codes: Tensor, scale: Tensor, quantizer: Quantizer, out: Tensor) -> None:

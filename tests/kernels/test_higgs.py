@@ -75,4 +75,4 @@ def test_zeros_decode_to_zeros_and_huge_values_stay_finite(quantizer: Quantizer)
 
 def test_rows_that_do_not_fill_bytes_are_refused(quantizer: Quantizer) -> None:
     with pytest.raises(ValueError, match="units of 8"):
-        higgs_encode(rows(2, 12), quantizer, 4)
+        quantizer.code_bytes(12)
