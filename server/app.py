@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 import uvicorn
@@ -25,6 +25,7 @@ from aquifer.server.metrics import Metrics
 from aquifer.server.routes import documents, generate, meta
 from aquifer.server.routes.errors import ApiError, install_error_handlers
 from aquifer.server.routes.gate import Gate
+from aquifer.server.routes.schemas import ServerSentEvent
 from aquifer.server.routes.service import Service
 from aquifer.server.settings import Settings
 from aquifer.server.tokenization import Tokenizer, TooLongError
@@ -67,6 +68,7 @@ def create_app(
     app.add_middleware(Gate, settings=settings, metrics=metrics)
     for router in (generate.router, documents.router, meta.router):
         app.include_router(router)
+    app.openapi = _openapi_with_events(app)  # type: ignore[method-assign]  # FastAPI's documented way
     return app
 
 
@@ -111,6 +113,19 @@ def configure_logging(level: str) -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
+
+
+def _openapi_with_events(app: FastAPI) -> Callable[[], dict[str, Any]]:
+    """FastAPI's OpenAPI page with the schema of stream events, which it cannot find in any route."""
+    generated = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        page = generated()
+        events = ServerSentEvent.model_json_schema(ref_template="#/components/schemas/{model}")
+        page["components"]["schemas"].update(events.pop("$defs") | {"ServerSentEvent": events})
+        return page
+
+    return openapi
 
 
 class _AnnouncingServer(uvicorn.Server):

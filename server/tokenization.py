@@ -59,7 +59,8 @@ class Tokenizer:
     """Token ids of prompts, bounded in time and memory. Safe to use from many coroutines.
 
     Wraps a transformers tokenizer (a fast one: there must be a Rust tokenizer inside). Results are
-    kept by the text's digest, so that a repeated document is not tokenized again.
+    kept by the text's digest, so that a repeated document is not tokenized again. The digest is salted:
+    how fast an answer comes must not tell one tenant what another has sent.
     """
 
     def __init__(
@@ -87,18 +88,23 @@ class Tokenizer:
         return self._bos
 
     async def prompt(
-        self, inputs: str, document: str | tuple[int, ...] | None = None, truncate: int | None = None
+        self,
+        inputs: str,
+        document: str | tuple[int, ...] | None = None,
+        *,
+        truncate: int | None = None,
+        salt: str = "",
     ) -> tuple[int, ...]:
         """Token ids of BOS + document + inputs; `truncate` keeps that many last tokens of inputs.
 
         document: text, or the tokens of one that was read before.
         Raises TooLongError.
         """
-        return await self._run(self._prompt, inputs, document, truncate)
+        return await self._run(self._prompt, inputs, document, truncate, salt)
 
-    async def document(self, text: str) -> tuple[int, ...]:
+    async def document(self, text: str, *, salt: str = "") -> tuple[int, ...]:
         """Token ids of a document, without BOS. Raises TooLongError."""
-        return await self._run(self._document, text)
+        return await self._run(self._document, text, salt)
 
     async def tokens(self, text: str) -> list[Token]:
         """The tokens of a text with their places in it, without BOS. Raises TooLongError."""
@@ -116,25 +122,25 @@ class Tokenizer:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
 
     def _prompt(
-        self, inputs: str, document: str | tuple[int, ...] | None, truncate: int | None
+        self, inputs: str, document: str | tuple[int, ...] | None, truncate: int | None, salt: str
     ) -> tuple[int, ...]:
-        head = self._bos + (self._document(document) if isinstance(document, str) else document or ())
+        head = self._bos + (self._document(document, salt) if isinstance(document, str) else document or ())
         if truncate:
             # Only the end counts, and this much text holds it, whatever is before.
             inputs = inputs[-(truncate * self._longest_token_chars + TRUNCATE_MARGIN_CHARS) :]
-            ids = head + tuple(self._ids(inputs, limit=None)[-truncate:])
+            ids = head + tuple(self._ids(inputs, salt, limit=None)[-truncate:])
         else:
-            ids = head + tuple(self._ids(inputs, limit=self.max_prompt_tokens - len(head)))
+            ids = head + tuple(self._ids(inputs, salt, limit=self.max_prompt_tokens - len(head)))
         self.check_length(len(ids))
         return ids
 
-    def _document(self, text: str) -> tuple[int, ...]:
-        return tuple(self._ids(text, limit=self.max_prompt_tokens - len(self._bos)))
+    def _document(self, text: str, salt: str) -> tuple[int, ...]:
+        return tuple(self._ids(text, salt, limit=self.max_prompt_tokens - len(self._bos)))
 
-    def _ids(self, text: str, limit: int | None) -> array[int]:
+    def _ids(self, text: str, salt: str, limit: int | None) -> array[int]:
         """Token ids of one text as 32-bit integers. Raises TooLongError beyond `limit` tokens."""
         self._refuse_early(text, limit)
-        digest = blake3(text.encode()).digest()
+        digest = blake3(text.encode(), key=blake3(salt.encode()).digest()).digest()
         ids = self._cache.get(digest)
         if ids is None:
             ids = array("i")

@@ -32,11 +32,12 @@ async def read_document(
     body: DocumentBody, response: Response, service: ServiceDep, caller: CallerDep
 ) -> DocumentOut:
     """Read a document, compress its KV and keep it. 202 with a status to poll, or 200 with `"wait": true`."""
+    salt = caller.salt(body.cache_salt)
     document, reading = await service.documents.add(
         caller.tenant,
         body.document_id,
-        await _token_ids(body, service),
-        salt=caller.salt(body.cache_salt),
+        await _token_ids(body, salt, service),
+        salt=salt,
         pin=body.pin,
         ttl_seconds=body.ttl_seconds,
     )
@@ -73,10 +74,10 @@ async def delete_document(
     return DocumentDeleted(document_id=document_id, deleted_segments=deleted)
 
 
-async def _token_ids(body: DocumentBody, service: Service) -> tuple[int, ...]:
+async def _token_ids(body: DocumentBody, salt: str, service: Service) -> tuple[int, ...]:
     """The document's tokens without BOS. Raises ApiError, TooLongError."""
     if body.document is not None:
-        return await service.tokenizer.document(body.document)
+        return await service.tokenizer.document(body.document, salt=salt)
     token_ids = tuple(body.token_ids or ())
     service.tokenizer.check_length(len(service.tokenizer.bos) + len(token_ids))
     vocab_size = service.engine.info.vocab_size

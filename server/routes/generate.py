@@ -40,7 +40,6 @@ from aquifer.server.routes.schemas import (
     KVOut,
     Parameters,
     StreamDetails,
-    StreamEvent,
     TimingsOut,
     TokenOut,
 )
@@ -54,7 +53,8 @@ _CLIENT_LEFT = 499
 
 router = APIRouter(route_class=BodyRoute, tags=["generate"])
 _PROBLEMS = problems(400, 401, 404, 413, 422, 429, 500, 503)
-_AS_EVENTS = {"text/event-stream": {"schema": {"$ref": "#/components/schemas/StreamEvent"}}}
+# The schema is added to the page by the application: no JSON body refers to it.
+_AS_EVENTS = {"text/event-stream": {"schema": {"$ref": "#/components/schemas/ServerSentEvent"}}}
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ async def generate(request: Request, body: GenerateBody, service: ServiceDep, ca
 
 @router.post(
     "/generate_stream",
-    response_class=StreamingResponse,
-    responses=_PROBLEMS | {200: {"model": StreamEvent, "content": _AS_EVENTS}},
+    response_class=Response,
+    responses=_PROBLEMS | {200: {"description": "server-sent events", "content": _AS_EVENTS}},
 )
 async def generate_stream(body: GenerateBody, service: ServiceDep, caller: CallerDep) -> Response:
     """Answer token by token, as server-sent events. Comments keep the line alive while a long document is
@@ -111,7 +111,9 @@ async def prepare(body: GenerateBody, service: Service, caller: Caller) -> Prepa
         document, document_salt = await service.documents.tokens(caller.tenant, body.document_id)
         if body.cache_salt is None:
             salt = document_salt
-    token_ids = await service.tokenizer.prompt(body.inputs, document, body.parameters.truncate)
+    token_ids = await service.tokenizer.prompt(
+        body.inputs, document, truncate=body.parameters.truncate, salt=salt
+    )
     request = GenerateRequest(
         # Not the caller's request id: two requests may carry the same one.
         request_id=uuid.uuid4().hex,

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from aquifer.server.documents import ID_PATTERN, DocumentStatus
 from aquifer.server.engine.types import FinishReason, KVMode
+from aquifer.server.routes.errors import Problem
 
 Text = Annotated[str, Field(min_length=1)]
 Salt = Annotated[str, Field(max_length=256)]
@@ -190,12 +191,31 @@ class GenerateAnswer(BaseModel):
 
 
 class StreamEvent(BaseModel):
-    """One `data:` line of a stream. The last one carries generated_text and details."""
+    """One token of a stream. The last one carries generated_text and details."""
 
     index: int
     token: TokenOut
     generated_text: str | None
     details: StreamDetails | None
+
+
+class ReadingProgress(BaseModel):
+    done_tokens: int
+    total_tokens: int
+
+
+def _as_json_text(schema: dict[str, Any]) -> None:
+    inner = dict(schema)
+    schema.clear()
+    schema.update(type="string", contentMediaType="application/json", contentSchema=inner)
+
+
+class ServerSentEvent(BaseModel):
+    """One event of a stream, for the OpenAPI page: `progress` events have ReadingProgress, the others a
+    token, or a problem when the answer broke off."""
+
+    event: Literal["message", "progress"] = "message"
+    data: StreamEvent | ReadingProgress | Problem = Field(json_schema_extra=_as_json_text)
 
 
 class DocumentOut(BaseModel):

@@ -125,6 +125,14 @@ def test_a_repeated_document_is_not_tokenized_again(monkeypatch: pytest.MonkeyPa
     assert ids_of(tokenizer, text) == first
 
 
+def test_tokens_are_not_remembered_across_salts(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = make()
+    asyncio.run(tokenizer.document("crate", salt="ann"))
+    monkeypatch.setattr(tokenizer, "_encode", _must_not_be_called)
+    with pytest.raises(AssertionError, match="tokenized again"):
+        asyncio.run(tokenizer.document("crate", salt="bob"))
+
+
 def test_the_cache_forgets_the_least_recently_used_and_stays_within_its_bytes() -> None:
     cache = tokenization._TokenCache(2000)
     for name in (b"a", b"b", b"c"):

@@ -65,6 +65,7 @@ class FakeEngine:
     refuse_with:   refuse every request with this event
     fail_after:    fail each request after so many tokens
     go_on:         clear it to keep every request waiting before its next token
+    hold_reading:  set it to keep every prompt half read
     requests, cancelled, forgotten: what was asked of the engine
     """
 
@@ -90,6 +91,7 @@ class FakeEngine:
         self.fail_after: int | None = None
         self.go_on = threading.Event()
         self.go_on.set()
+        self.hold_reading = threading.Event()
         self.requests: list[GenerateRequest] = []
         self.cancelled: list[str] = []
         self.forgotten: list[tuple[tuple[int, ...], str]] = []
@@ -116,6 +118,11 @@ class FakeEngine:
     def _serve(self, request: GenerateRequest, sink: Sink) -> None:
         total = len(request.token_ids)
         sink(ProgressEvent(total // 2, total))
+        while self.hold_reading.is_set():
+            if request.request_id in self.cancelled:
+                self._finish(request, sink, "cancelled", "", 0)
+                return
+            time.sleep(0.002)
         sink(ProgressEvent(total, total))
         answer = [*request.token_ids[1:], EOS][: request.sampling.max_new_tokens]
         text = ""

@@ -15,7 +15,7 @@ from tiny_tokenizer import tiny_tokenizer
 
 from aquifer.cachestore.records import RecordStore
 from aquifer.cachestore.redis_link import RedisLink
-from aquifer.server.app import create_app
+from aquifer.server.app import configure_logging, create_app
 from aquifer.server.metrics import Metrics
 from aquifer.server.settings import Settings
 from aquifer.server.tokenization import Tokenizer
@@ -42,6 +42,7 @@ class RunningService:
 def running_service(
     engine: Any, *, redis_url: str | None = None, hf_tokenizer: Any = None, **settings: Any
 ) -> Iterator[RunningService]:
+    configure_logging("error")
     chosen = Settings(port=0, **settings)
     metrics = Metrics()
     tokenizer = Tokenizer(hf_tokenizer or tiny_tokenizer(), engine.info.max_prompt_tokens)
