@@ -53,15 +53,15 @@ class ReplyReader:
         line = self._line()
         kind, text = line[:1], line[1:]
         if kind == b"$":
-            return Bulk(int(text)) if text != b"-1" else None
+            return Bulk(_number(text)) if text != b"-1" else None
         if kind == b":":
-            return int(text)
+            return _number(text)
         if kind == b"+":
             return text
         if kind == b"-":
             return RefusedError(text.decode(errors="replace"))
         if kind == b"*":
-            return [self.reply() for _ in range(int(text))]
+            return [self.reply() for _ in range(_number(text))]
         raise ConnectionError(f"not a Redis reply: {line[:40]!r}")
 
     def value(self, length: int) -> bytes:
@@ -114,3 +114,10 @@ class ReplyReader:
         if received == 0:
             raise ConnectionError("Redis closed the connection")
         return received
+
+
+def _number(text: bytes) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ConnectionError(f"not a number in a Redis reply: {text[:40]!r}") from None

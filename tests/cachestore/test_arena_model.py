@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+)
 
 from aquifer.cachestore import Lease, RamArena, SegmentKey, chain_keys, make_namespace
+from aquifer.cachestore.arena import Reservation
 
 SLOTS = 5
 SLOT_BYTES = 256
@@ -29,6 +38,7 @@ class ArenaModel(RuleBasedStateMachine):
         self.last_put: dict[SegmentKey, bytes] = {}
         self.pins: dict[SegmentKey, int] = {}
         self.open: list[tuple[Lease, SegmentKey, bytes]] = []
+        self.reserved: list[tuple[Reservation, SegmentKey, bytes]] = []
         self.number = 0
 
     def resident(self) -> set[SegmentKey]:
@@ -39,17 +49,25 @@ class ArenaModel(RuleBasedStateMachine):
         return {key for _, key, record in self.open if self.last_put[key] == record} & self.resident()
 
     def unlinked_slots(self) -> int:
-        """Slots that deleted records still hold because of their leases."""
+        """Slots of deleted records that are still leased, and of records being written."""
         linked = {self.last_put[key] for key in self.resident()}
-        return len({record for _, _, record in self.open} - linked)
+        return len({record for _, _, record in self.open} - linked) + len(self.reserved)
+
+    def evictable(self) -> set[SegmentKey]:
+        leased = self.leased_now()
+        return {key for key in self.resident() if key not in leased and not self.pins.get(key)}
+
+    def free_slots(self) -> int:
+        return SLOTS - len(self.resident()) - self.unlinked_slots()
+
+    def new_record(self, size: int) -> bytes:
+        self.number += 1
+        return (b"%06d " % self.number * SLOT_BYTES)[:size]  # at least the number: never twice the same
 
     @rule(key=st.sampled_from(KEYS), size=st.integers(6, SLOT_BYTES))
     def put(self, key: SegmentKey, size: int) -> None:
-        before = self.resident()
-        evictable = {held for held in before if held not in self.leased_now() and not self.pins.get(held)}
-        free_slots = SLOTS - len(before) - self.unlinked_slots()
-        self.number += 1
-        record = (b"%06d " % self.number * SLOT_BYTES)[:size]  # at least the number, so never twice the same
+        before, evictable, free_slots = self.resident(), self.evictable(), self.free_slots()
+        record = self.new_record(size)
         stored = self.arena.put(key, record)
         after = self.resident()
         if key in before:
@@ -63,6 +81,39 @@ class ArenaModel(RuleBasedStateMachine):
         if stored:
             self.last_put[key] = record
         assert after == (before - evicted) | ({key} if stored else set())
+
+    @rule(key=st.sampled_from(KEYS), size=st.integers(6, SLOT_BYTES))
+    def reserve(self, key: SegmentKey, size: int) -> None:
+        before, evictable, free_slots = self.resident(), self.evictable(), self.free_slots()
+        reservation = self.arena.reserve(key, size)
+        assert (reservation is not None) == bool(free_slots or evictable)
+        evicted = before - self.resident()
+        assert len(evicted) == (reservation is not None and not free_slots)
+        assert evicted <= evictable
+        if reservation is not None:
+            record = self.new_record(size)
+            reservation.buffer[:] = record
+            self.reserved.append((reservation, key, record))
+
+    @precondition(lambda self: self.reserved)
+    @rule(target=leases, data=st.data())
+    def commit(self, data: st.DataObject) -> tuple[Lease, bytes]:
+        place = data.draw(st.integers(0, len(self.reserved) - 1))
+        before = self.resident()
+        reservation, key, record = self.reserved.pop(place)
+        lease = reservation.commit("redis")
+        if key not in before:
+            self.last_put[key] = record
+        assert self.resident() == before | {key}
+        self.open.append((lease, key, self.last_put[key]))
+        return lease, self.last_put[key]
+
+    @precondition(lambda self: self.reserved)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        before = self.resident()
+        self.reserved.pop(data.draw(st.integers(0, len(self.reserved) - 1)))[0].abort()
+        assert self.resident() == before
 
     @rule(target=leases, keys=some_keys)
     def get(self, keys: list[SegmentKey]) -> object:
@@ -109,7 +160,7 @@ class ArenaModel(RuleBasedStateMachine):
     @invariant()
     def accounts_balance(self) -> None:
         stats = self.arena.stats()
-        assert self.arena.open_leases == len(self.open)
+        assert self.arena.open_leases == len(self.open) + len(self.reserved)
         assert stats.entries == len(self.resident()) <= SLOTS
         assert stats.used_bytes == (stats.entries + self.unlinked_slots()) * SLOT_BYTES
         assert stats.pinned == sum(1 for key in self.resident() if self.pins.get(key))
@@ -117,6 +168,8 @@ class ArenaModel(RuleBasedStateMachine):
     def teardown(self) -> None:
         for lease, _, _ in self.open:
             lease.release()
+        for reservation, _, _ in self.reserved:
+            reservation.abort()
         self.arena.delete(KEYS)
         stats = self.arena.stats()
         assert (self.arena.open_leases, stats.entries, stats.used_bytes) == (0, 0, 0)
