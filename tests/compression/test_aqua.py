@@ -23,9 +23,11 @@ def codec_of(
     return make_codec(name, spec, device=CPU, codec_dtype=dtype, predictors=predictors)
 
 
-def decode(codec: Codec, segments: Sequence[Tensor], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+def decode(
+    codec: Codec, segments: Sequence[Tensor], counts: Sequence[int], device: torch.device = CPU
+) -> tuple[Tensor, Tensor]:
     """Keys and values [L, T, C]."""
-    decoder = codec.decoder(counts, CPU)
+    decoder = codec.decoder(counts, device)
     sizes = [[codec.layer_bytes(layer, n) for layer in range(codec.spec.num_layers)] for n in counts]
     by_layer = zip(*(s.split(size) for s, size in zip(segments, sizes, strict=True)), strict=True)
     keys, values = zip(*(decoder.decode_layer(slices) for slices in by_layer), strict=True)
@@ -121,6 +123,24 @@ def test_any_token_counts_round_trip(spec, make_kv, predictors, counts: list[int
     assert [s.numel() for s in segments] == [codec.segment_bytes(n) for n in counts]
     found = decode(codec, segments, counts)
     assert relative_error(found[0], keys) < 0.02 and relative_error(found[1], values) < 0.02
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", NAMES)
+def test_the_gpu_decodes_like_the_cpu(name: str, spec, make_kv, predictors) -> None:
+    device = torch.device("cuda")
+    keys, values = make_kv(512, 12)
+    codec = make_codec(name, spec, device=device, codec_dtype=torch.bfloat16, predictors=predictors)
+    segments = codec.encode(keys.to(device), values.to(device), [256, 256])
+    assert all(segment.is_cuda for segment in segments)
+    on_gpu = decode(codec, segments, [256, 256], device)
+    twin = codec_of(name, spec, predictors, torch.bfloat16)
+    on_cpu = decode(twin, [segment.cpu() for segment in segments], [256, 256])
+    assert twin.fingerprint == codec.fingerprint
+    for found, expected, truth in zip(on_gpu, on_cpu, (keys, values), strict=True):
+        assert relative_error(found.cpu(), expected.float()) <= 1e-6
+        assert relative_error(found.cpu(), truth) < 0.15
 
 
 def test_channels_that_are_no_power_of_two_are_coded_in_groups() -> None:
