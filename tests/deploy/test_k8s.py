@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 
@@ -69,6 +70,16 @@ def test_pod_runs_unprivileged_on_a_read_only_root(pod: dict[str, Any]) -> None:
 def test_secrets_are_referenced_never_written(pod: dict[str, Any]) -> None:
     for entry in pod["containers"][0]["env"]:
         assert set(entry["valueFrom"]) == {"secretKeyRef"}
+
+
+def test_probes_ask_routes_the_service_answers(pod: dict[str, Any], service: str) -> None:
+    container = pod["containers"][0]
+    probes = {
+        name: container[f"{name}Probe"]["httpGet"]["path"] for name in ("startup", "liveness", "readiness")
+    }
+    assert probes["readiness"] == "/ready"
+    for path in probes.values():
+        assert httpx.get(f"{service}{path}").status_code == 200
 
 
 @pytest.mark.parametrize(("overlay", "model"), [("base", "reference"), ("gpu", "/model")])
