@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aquifer.cachestore.redis_link import Command, RedisLink
+from aquifer.cachestore.redis_link import RedisLink
+from aquifer.cachestore.redis_wire import Command
 
 _PREFIX = b"aquifer:r:"
 # Names by time of expiry. Finding them with SCAN would walk over every segment in the server.

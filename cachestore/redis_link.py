@@ -27,11 +27,10 @@ from redis.exceptions import (
 )
 from redis.retry import Retry
 
-from aquifer.cachestore.redis_wire import Bulk, RefusedError, Reply, ReplyReader
+from aquifer.cachestore.redis_wire import Bulk, Command, RefusedError, Reply, ReplyReader, pack
 
 log = structlog.get_logger(__name__)
 
-Command = tuple[bytes | str | int | memoryview, ...]
 
 Receive = Callable[[int, Reply | Bulk, ReplyReader], None]
 
@@ -254,7 +253,7 @@ def _pool_for(client: Redis | RedisCluster, key: Any) -> ConnectionPool:
 class _Lane:
     """One connection, the commands meant for it, and how far it has come with them.
 
-    redis-py makes the connection (login, TLS, timeouts) and sends; replies are read by ReplyReader.
+    redis-py makes the connection (login, TLS, timeouts); what goes over it is redis_wire's.
     Its pipelines would hold every reply until the last one is there, and its cluster pipelines send
     each command of a node that timed out once more, one by one, each with a timeout of its own.
     """
@@ -281,7 +280,7 @@ class _Lane:
         """Send on, if half of the window has come back."""
         if self._sent - self.answered <= window // 2:
             batch = self.commands[self._sent : self.answered + window]
-            self._connection.send_packed_command(self._connection.pack_commands(batch))
+            self._connection.send_packed_command(pack(batch))
             self._sent += len(batch)
 
 

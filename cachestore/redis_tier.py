@@ -22,8 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aquifer.cachestore.keys import SegmentKey
-from aquifer.cachestore.redis_link import Command, RedisLink
-from aquifer.cachestore.redis_wire import Bulk, RefusedError, Reply, ReplyReader
+from aquifer.cachestore.redis_link import RedisLink
+from aquifer.cachestore.redis_wire import Bulk, Command, RefusedError, Reply, ReplyReader
 from aquifer.cachestore.tier import Counters, Lease, TierStats
 
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ class RedisTier:
 
     max_record_bytes: the largest record that will be put or asked for
     ttl_seconds:      lifetime of a record, begun anew by every hit; None: until Redis evicts it
-    connections:      sockets that share one large read
+    connections:      sockets that share one large read; more than one pays where a single stream does not
+                      fill the line (TLS, long distances), not on one machine
     """
 
     name = "redis"
@@ -70,7 +71,7 @@ class RedisTier:
         *,
         max_record_bytes: int,
         ttl_seconds: float | None = WEEK_SECONDS,
-        connections: int = 2,
+        connections: int = 1,
     ) -> None:
         self.link = link
         self.max_record_bytes = max_record_bytes
@@ -182,7 +183,7 @@ class RedisTier:
     def _write(self, name: bytes, record: memoryview) -> bool | None:
         """True: stored. False: the key was taken. None: it could not be stored."""
         nonce = os.urandom(_NONCE_BYTES)
-        head = b"".join((_HEAD.pack(_MAGIC, record.nbytes, nonce), record[:PART_BYTES]))
+        head = (_HEAD.pack(_MAGIC, record.nbytes, nonce), record[:PART_BYTES])
         # The head first: it decides which of two writers wins. Until the rest is there a reader
         # sees a truncated record, which is a miss.
         replies = self.link.execute([("SET", name, head, *self._expiry, "NX")])
@@ -190,15 +191,10 @@ class RedisTier:
             return None
         if replies == [None]:
             return False
-        tails: list[Command] = [
-            (
-                "SET",
-                b"%s:%d" % (name, part),
-                b"".join((nonce, record[start : start + PART_BYTES])),
-                *self._expiry,
-            )
-            for part, start in enumerate(range(PART_BYTES, record.nbytes, PART_BYTES), start=1)
-        ]
+        tails: list[Command] = []
+        for part, start in enumerate(range(PART_BYTES, record.nbytes, PART_BYTES), start=1):
+            tail = (nonce, record[start : start + PART_BYTES])
+            tails.append(("SET", b"%s:%d" % (name, part), tail, *self._expiry))
         if tails and _any_failed(self.link.execute(tails)):
             self.link.execute([("UNLINK", part_name) for part_name in self._part_names(name)])
             return None

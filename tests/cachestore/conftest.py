@@ -24,12 +24,12 @@ def make_link() -> Iterator[Callable[..., RedisLink]]:
 
 @pytest.fixture
 def make_tier(make_link: Callable[..., RedisLink]) -> Iterator[Callable[..., RedisTier]]:
-    """Make Redis tiers for records of up to 5 MiB, which is three parts."""
+    """Make Redis tiers for records of up to 5 MiB, which is three parts, read over two connections."""
     tiers: list[RedisTier] = []
 
     def make(url: str, *, timeout_seconds: float = 5.0, **options: Any) -> RedisTier:
         link = make_link(url, timeout_seconds=timeout_seconds)
-        tiers.append(RedisTier(link, max_record_bytes=5 << 20, **options))
+        tiers.append(RedisTier(link, max_record_bytes=5 << 20, connections=2, **options))
         return tiers[-1]
 
     yield make

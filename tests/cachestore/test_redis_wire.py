@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aquifer.cachestore.redis_wire import Bulk, RefusedError, ReplyReader
+from aquifer.cachestore.redis_wire import Bulk, RefusedError, ReplyReader, pack
 
 
 def reader_of(sent: bytes, *, pieces: list[int] | None = None) -> ReplyReader:
@@ -80,3 +80,20 @@ def test_a_refusal_is_a_reply_with_a_code() -> None:
 def test_a_broken_stream_is_a_connection_error(sent: bytes) -> None:
     with pytest.raises(ConnectionError):
         reader_of(sent).reply()
+
+
+def test_commands_are_packed_in_order_and_large_values_are_not_copied() -> None:
+    large = memoryview(bytes(5000))
+    buffers = pack([("SET", b"key", (b"header", large), "PX", 1000), ("GET", "näme")])
+    assert b"".join(buffers) == (
+        b"*5\r\n$3\r\nSET\r\n$3\r\nkey\r\n$5006\r\nheader" + large + b"\r\n$2\r\nPX\r\n$4\r\n1000\r\n"
+        b"*2\r\n$3\r\nGET\r\n$5\r\nn\xc3\xa4me\r\n"
+    )
+    assert any(buffer is large for buffer in buffers)
+
+
+@given(st.lists(st.lists(st.binary(max_size=6000), min_size=1, max_size=3), min_size=1, max_size=3))
+def test_packed_commands_read_back_as_what_they_were(commands: list[list[bytes]]) -> None:
+    sent = b"".join(pack([tuple(command) for command in commands]))
+    reader = reader_of(sent)
+    assert [reader.reply() for _ in commands] == commands
