@@ -20,17 +20,12 @@ import structlog
 from redis import Redis, RedisCluster
 from redis.backoff import NoBackoff
 from redis.connection import Connection, ConnectionPool, parse_url
-from redis.exceptions import (
-    RedisClusterException,
-    RedisError,
-    ResponseError,
-)
+from redis.exceptions import RedisClusterException, RedisError, ResponseError
 from redis.retry import Retry
 
 from aquifer.cachestore.redis_wire import Bulk, Command, RefusedError, Reply, ReplyReader, pack
 
 log = structlog.get_logger(__name__)
-
 
 Receive = Callable[[int, Reply | Bulk, ReplyReader], None]
 
@@ -74,6 +69,8 @@ class RedisLink:
             "socket_timeout": timeout_seconds,
             # RESP2: nothing here needs more, and RESP3 adds a handshake and push messages.
             "protocol": 2,
+            # redis-py refuses to open a 101st; whoever calls bounds how many it uses at a time.
+            "max_connections": 10_000,
             **parse_url(plain_url),
         }
         _check_options(self._options, plain_url)
@@ -280,8 +277,9 @@ class _Lane:
         """Send on, if half of the window has come back."""
         if self._sent - self.answered <= window // 2:
             batch = self.commands[self._sent : self.answered + window]
-            self._connection.send_packed_command(pack(batch))
-            self._sent += len(batch)
+            if batch:
+                self._connection.send_packed_command(pack(batch))
+                self._sent += len(batch)
 
 
 def _split_cluster_flag(url: str) -> tuple[str, bool]:
@@ -303,7 +301,8 @@ def _address_without_password(url: str) -> str:
 def _check_options(options: dict[str, Any], url: str) -> None:
     """Make one connection object, without connecting, so that a misspelt option stops the start."""
     connection_class = options.get("connection_class", Connection)
-    arguments = {name: value for name, value in options.items() if name != "connection_class"}
+    of_the_pool = {"connection_class", "max_connections"}
+    arguments = {name: value for name, value in options.items() if name not in of_the_pool}
     try:
         connection_class(**arguments)
     except (TypeError, RedisError) as error:

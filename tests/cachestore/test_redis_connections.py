@@ -34,6 +34,14 @@ def round_trip(tier: RedisTier) -> None:
     assert tier.stats().errors == 0
 
 
+def test_options_in_the_url(redis_server: Any, make_tier: Any) -> None:
+    round_trip(make_tier(f"{redis_server.url}/3?max_connections=5&socket_timeout=4"))
+    with Redis(port=redis_server.port, db=3) as raw:
+        raw.set("only here", "x")
+    assert make_tier(f"{redis_server.url}/3").stats().entries == 1
+    assert make_tier(f"{redis_server.url}/4").stats().entries == 0
+
+
 def test_unix_socket(redis_server: Any, make_tier: Any) -> None:
     round_trip(make_tier(f"unix://{redis_server.socket}"))
 
