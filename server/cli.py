@@ -42,9 +42,10 @@ def serve(
 ) -> None:
     """Serve a model over HTTP until SIGTERM."""
     from aquifer.cachestore.records import RecordStore
-    from aquifer.server.app import configure_logging, create_app
+    from aquifer.server.app import create_app
     from aquifer.server.app import serve as serve_app
     from aquifer.server.engine.build import load_tokenizer
+    from aquifer.server.logs import configure_logging
     from aquifer.server.metrics import Metrics
     from aquifer.server.tokenization import Tokenizer
 
@@ -66,7 +67,7 @@ def ask(
 ) -> None:
     """Ask one question about a text file."""
     from aquifer.clients import AquiferError
-    from aquifer.server.app import configure_logging
+    from aquifer.server.logs import configure_logging
 
     configure_logging("warning")
     try:
@@ -104,7 +105,10 @@ def doctor(
 ) -> None:
     """Look for GPU, Triton, Redis, model and predictors; say what is missing and how to get it."""
     from aquifer.server.doctor import examine
+    from aquifer.server.logs import configure_logging
 
+    # What is down is in the findings; it need not be logged as well.
+    configure_logging("error")
     findings = examine(settings)
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
@@ -193,7 +197,7 @@ def _answer_here(settings: Settings, document: str, question: str) -> _Pieces:
 def _show(pieces: _Pieces) -> None:
     """Progress on stderr until the answer begins, the answer on stdout, a line of figures on stderr."""
     columns = (TextColumn("reading"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=_stderr, transient=True) as bar:
+    with Progress(*columns, console=_stderr, transient=True, disable=not _stderr.is_terminal) as bar:
         task = bar.add_task("reading", total=1.0)
         for piece in pieces:
             if isinstance(piece, float):

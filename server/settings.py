@@ -97,6 +97,13 @@ class Settings(BaseSettings):
             return value
         raise ValueError(f"device {value!r} is not one of auto, cpu, cuda, cuda:N")
 
+    @field_validator("api_keys")
+    @classmethod
+    def _tenant_names(cls, value: dict[str, str]) -> dict[str, str]:
+        if any(not key or not tenant or "\0" in tenant for key, tenant in value.items()):
+            raise ValueError("keys and tenants must not be empty, and a tenant must not contain NUL")
+        return value
+
     @property
     def model_path(self) -> str:
         """What transformers is asked to load."""

@@ -39,8 +39,10 @@ class Caller:
     request_id: str
 
     def salt(self, request_salt: str | None) -> str:
-        """The cache salt handed to the engine. NUL cannot be in a key's tenant and a salt at once in
-        such a way that two pairs give one string: tenants hold no NUL."""
+        """The cache salt handed to the engine: different for different tenants or request salts (settings
+        refuse a tenant with NUL in its name), and empty where there is neither, as for `aquifer ask`."""
+        if not self.tenant and not request_salt:
+            return ""
         return f"{self.tenant}\0{request_salt or ''}"
 
 

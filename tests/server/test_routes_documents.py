@@ -89,7 +89,7 @@ def test_documents_are_listed_oldest_first_and_forgotten_when_deleted(
         service.post("/documents", document=f"text {name}", document_id=name, wait=True)
     assert [item["document_id"] for item in service.http.get("/documents").json()["documents"]] == ["b", "a"]
     assert service.http.delete("/documents/b").json() == {"document_id": "b", "deleted_segments": 0}
-    assert engine.forgotten == [((0, *ids("text b")), "\0")]
+    assert engine.forgotten == [((0, *ids("text b")), "")]
     assert [item["document_id"] for item in service.http.get("/documents").json()["documents"]] == ["a"]
     assert service.http.get("/documents/b").status_code == 404
 
@@ -129,7 +129,7 @@ def test_an_expired_document_is_gone_and_leaves_the_tiers(
     service.post("/documents", document="text", document_id="d", ttl_seconds=0.3, pin=True, wait=True)
     assert service.http.get("/documents/d").json()["expires"] is not None
     wait_until(lambda: service.http.get("/documents/d").status_code == 404)
-    wait_until(lambda: engine.forgotten == [((0, *ids("text")), "\0")])
+    wait_until(lambda: engine.forgotten == [((0, *ids("text")), "")])
     assert service.post("/generate", inputs="a", document_id="d").status_code == 404
 
 

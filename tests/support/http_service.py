@@ -15,7 +15,8 @@ from tiny_tokenizer import tiny_tokenizer
 
 from aquifer.cachestore.records import RecordStore
 from aquifer.cachestore.redis_link import RedisLink
-from aquifer.server.app import configure_logging, create_app
+from aquifer.server.app import create_app
+from aquifer.server.logs import configure_logging
 from aquifer.server.metrics import Metrics
 from aquifer.server.settings import Settings
 from aquifer.server.tokenization import Tokenizer

@@ -1,0 +1,195 @@
+"""The `aquifer` command as a user meets it: what it prints, what it refuses, how it stops."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from tiny_models import tiny_model
+from tiny_tokenizer import tiny_tokenizer
+
+AQUIFER = str(Path(sys.executable).with_name("aquifer"))
+SMALL = [
+    "--ram-bytes",
+    str(64 << 20),
+    "--gpu-kv-bytes",
+    str(64 << 20),
+    "--threads",
+    "1",
+    "--load-gate",
+    "always",
+]
+DOCUMENT = "The shipment of 240 crates left Rotterdam on 12 March. " * 40
+
+
+def run(*arguments: str, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("AQUIFER_")}
+    return subprocess.run(
+        [AQUIFER, *arguments], capture_output=True, text=True, timeout=timeout, env=clean | environment
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model with its tokenizer, as transformers saves them."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("llama").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+class Server:
+    """`aquifer serve` in a process of its own."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        port_file = folder / "port"
+        self.log = folder / "log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [AQUIFER, "serve", "--port", "0", "--port-file", str(port_file), *SMALL, *arguments],
+                stderr=log,
+            )
+        while not port_file.exists():
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.02)
+        self.url = f"http://127.0.0.1:{port_file.read_text()}"
+
+
+@pytest.fixture
+def start(tmp_path: Path, checkpoint: Path) -> Iterator[Any]:
+    servers: list[Server] = []
+
+    def make(*arguments: str) -> Server:
+        folder = tmp_path / f"server-{len(servers)}"
+        folder.mkdir()
+        servers.append(Server(folder, "--model", str(checkpoint), *arguments))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.process.kill()
+        server.process.wait()
+
+
+def test_help_lists_the_commands() -> None:
+    result = run("--help")
+    assert result.returncode == 0
+    for command in ("serve", "ask", "config", "doctor"):
+        assert command in result.stdout
+
+
+def test_config_prints_what_flags_and_environment_add_up_to() -> None:
+    result = run("config", "--port", "9", "--no-gpu-cache", AQUIFER_MAX_NEW_TOKENS="7")
+    shown = json.loads(result.stdout)
+    assert (shown["port"], shown["gpu_cache"], shown["max_new_tokens"]) == (9, False, 7)
+
+
+def test_config_shows_no_secret() -> None:
+    environment = {
+        "AQUIFER_API_KEYS": '{"s3cret": "ann"}',
+        "AQUIFER_REDIS_URL": "redis://user:s3cret@host:1/0",
+    }
+    result = run("config", **environment)
+    assert "s3cret" not in result.stdout
+    assert json.loads(result.stdout)["redis_url"] == "redis://user:***@host:1/0"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "words"),
+    [
+        (["config", "--ram-bytes", "5"], {}, ["ram_bytes", "1048576"]),
+        (["config"], {"AQUIFER_RAM_BYTE": "5"}, ["unknown setting AQUIFER_RAM_BYTE"]),
+        (["config"], {"AQUIFER_CONFIG": "/no/such/file.yaml"}, []),
+        (["serve", "--model", "/no/such/folder"], {"HF_HUB_OFFLINE": "1"}, ["/no/such/folder"]),
+    ],
+)
+def test_a_bad_setting_ends_the_command_with_a_message(
+    arguments: list[str], environment: dict[str, str], words: list[str]
+) -> None:
+    result = run(*arguments, **environment)
+    if words:
+        assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.stderr
+
+
+def test_doctor_finds_the_model_and_redis(checkpoint: Path, redis_server: Any) -> None:
+    result = run("doctor", "--json", "--model", str(checkpoint), "--redis-url", redis_server.url)
+    findings = {finding["name"]: finding for finding in json.loads(result.stdout)}
+    assert set(findings) == {"python", "gpu", "triton", "memory", "redis", "model", "predictors"}
+    assert findings["model"]["status"] == "ok"
+    assert "answers" in findings["redis"]["found"]
+    assert findings["redis"]["advice"].startswith("set maxmemory")
+    assert findings["predictors"]["status"] == "optional"
+    assert "aquifer calibrate" in findings["predictors"]["advice"]
+    assert result.returncode == 0
+
+
+def test_doctor_says_how_to_get_what_is_missing(tmp_path: Path) -> None:
+    result = run("doctor", "--json", "--model", str(tmp_path), "--redis-url", "redis://:pw@127.0.0.1:1")
+    findings = {finding["name"]: finding for finding in json.loads(result.stdout)}
+    assert findings["model"]["status"] == "missing" and findings["model"]["advice"]
+    assert "does not answer" in findings["redis"]["found"] and "pw" not in findings["redis"]["found"]
+    assert result.returncode == 1
+
+
+def test_ask_answers_in_process_and_through_a_server(
+    tmp_path: Path, checkpoint: Path, start: Any, redis_server: Any
+) -> None:
+    file = tmp_path / "document.txt"
+    file.write_text(DOCUMENT)
+    flags = ["--max-new-tokens", "6"]
+    shared = ["--redis-url", redis_server.url, "--codec", "raw"]
+    cold = run("ask", str(file), "How many?", "--model", str(checkpoint), *SMALL, *flags, *shared)
+    assert cold.returncode == 0, cold.stderr
+    assert ", 0 of them cached" in cold.stderr
+    assert cold.stdout.strip()
+    server = start(*shared)
+    warm = run("ask", str(file), "How many?", "--url", server.url, *flags)
+    assert warm.stdout == cold.stdout
+    assert ", 1,536 of them cached" in warm.stderr
+
+
+def test_ask_explains_what_went_wrong(tmp_path: Path) -> None:
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"\xff\xfe\x00")
+    assert "is not UTF-8 text" in run("ask", str(binary), "?").stderr
+    text = tmp_path / "text"
+    text.write_text("a")
+    result = run("ask", str(text), "?", "--url", "http://127.0.0.1:1")
+    assert (result.returncode, "http://127.0.0.1:1" in result.stderr) == (2, True)
+    assert "Traceback" not in result.stderr
+
+
+def test_sigterm_finishes_running_answers_and_a_restart_knows_the_documents(
+    start: Any, redis_server: Any
+) -> None:
+    shared = ["--redis-url", redis_server.url, "--codec", "raw"]
+    question = {"inputs": "How many?", "document_id": "manifest", "parameters": {"max_new_tokens": 150}}
+    first = start(*shared)
+    body = {"document": DOCUMENT, "document_id": "manifest", "wait": True}
+    document = httpx.post(f"{first.url}/documents", json=body, timeout=60).json()
+    assert document["status"] == "ready" and document["stored_bytes"] > 0
+    with httpx.stream("POST", f"{first.url}/generate_stream", json=question, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        first.process.send_signal(signal.SIGTERM)
+        events = [line for line in lines if line.startswith("data:")]
+    last = json.loads(events[-1].removeprefix("data:"))
+    assert last["details"]["generated_tokens"] == 1 + len(events)
+    assert first.process.wait(timeout=60) == 0
+    assert "Traceback" not in first.log.read_text()
+    second = start(*shared)
+    after = httpx.post(f"{second.url}/generate", json=question, timeout=60).json()
+    assert after["generated_text"] == last["generated_text"]
+    assert after["details"]["cached_tokens"]["redis"] == 1536
