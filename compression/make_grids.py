@@ -8,7 +8,7 @@ too high at n = 256.) Takes some minutes on two cores; the result is shipped, so
 """
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from aquifer.compression.grids import GRIDS_FILE, SHAPES, Shape
@@ -53,7 +53,7 @@ def main() -> None:
         errors = [mean_squared_error(grid, samples) for grid in starts]
         best[shape.name] = starts[errors.index(min(errors))]
         print(f"{shape.name}: {shape.bits} bits, error {min(errors):.5f} (starts: {errors})")
-    save_file(best, GRIDS_FILE)
+    GRIDS_FILE.write_bytes(save(best))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 WEIGHTS_FILE = "predictors.safetensors"
@@ -100,7 +100,9 @@ class Predictors:
     def save(self, folder: Path) -> None:
         """Write the weights and, beside them, the card."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: t.cpu().contiguous() for k, t in self._tensors().items()}, folder / WEIGHTS_FILE)
+        # Not save_file: it makes files that only their owner can read.
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in self._tensors().items()}
+        (folder / WEIGHTS_FILE).write_bytes(save(tensors))
         card = asdict(self.card) | {"hash": self.hash}
         (folder / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n")
 
