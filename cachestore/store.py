@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 class TieredStore:
     """Records by key, in the fastest tier that has them. Thread-safe.
 
-    verify:             raises a ValueError for a record that is damaged or not ours; called once for
-                        each record that enters RAM from Redis, maybe on several threads at a time
+    verify:             verify(record, digest of its key) raises a ValueError for a record that is
+                        damaged or another key's; called once for each record that enters RAM from
+                        Redis, maybe on several threads at a time
     write_behind_bytes: records on their way to Redis; more are not written there, and counted.
                         Never more than half the arena, because queued records hold their slots
     close_seconds:      how long `close` may wait for them
@@ -37,7 +38,7 @@ class TieredStore:
         self,
         ram: RamArena,
         redis: RedisTier | None,
-        verify: Callable[[memoryview], None],
+        verify: Callable[[memoryview, bytes], None],
         *,
         write_behind_bytes: int = 256 << 20,
         write_behind_threads: int = 1,
@@ -143,7 +144,7 @@ class _Promotion:
     """Lands what Redis has in the arena, checked."""
 
     def __init__(
-        self, ram: RamArena, keys: Sequence[SegmentKey], verify: Callable[[memoryview], None]
+        self, ram: RamArena, keys: Sequence[SegmentKey], verify: Callable[[memoryview, bytes], None]
     ) -> None:
         self.keys = keys
         self.leases: list[Lease | None] = [None] * len(keys)
@@ -164,7 +165,8 @@ class _Promotion:
     def complete(self, index: int) -> None:
         place = self._arriving[index]
         try:
-            self._verify((place if isinstance(place, memoryview) else place.buffer).toreadonly())
+            record = place if isinstance(place, memoryview) else place.buffer
+            self._verify(record.toreadonly(), self.keys[index].digest)
         except BaseException:
             self.abandon(index)
             raise

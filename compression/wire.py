@@ -89,12 +89,14 @@ def seal(header: RecordHeader, body: Buffer) -> bytes:
     return b"".join((head, view, digest.digest()))
 
 
-def verify(record: Buffer) -> None:
-    """Check every byte of a record. Raises WireError."""
+def verify(record: Buffer, chain: bytes) -> None:
+    """Check every byte of a record, and that it is the one of this key digest. Raises WireError."""
     view = memoryview(record).cast("B")
-    _parse(view)
+    header = _parse(view)
     if xxhash.xxh3_128_digest(view[:-CHECKSUM_BYTES]) != view[-CHECKSUM_BYTES:]:
         raise DamagedRecordError(f"checksum of a {view.nbytes}-byte record differs")
+    if header["chain"] != chain:
+        raise ForeignRecordError(f"asked for a record with chain {chain!r}, found {header['chain']!r}")
 
 
 def open_record(record: Buffer, *, kind: RecordKind, codec: str, chain: bytes, num_tokens: int) -> memoryview:

@@ -32,8 +32,13 @@ def open_as(header: RecordHeader, record: bytes = RECORD) -> memoryview:
 
 
 def test_a_sealed_body_comes_back() -> None:
-    verify(RECORD)
+    verify(RECORD, CHAIN)
     assert bytes(open_as(HEADER)) == BODY
+
+
+def test_a_sound_record_under_another_key_is_refused() -> None:
+    with pytest.raises(ForeignRecordError):
+        verify(RECORD, CHAIN[::-1])
 
 
 def test_the_size_is_known_beforehand_and_the_body_is_aligned() -> None:
@@ -49,14 +54,14 @@ def test_every_changed_byte_is_detected(data: st.DataObject) -> None:
     damaged = bytearray(RECORD)
     damaged[position] ^= change
     with pytest.raises(WireError):
-        verify(damaged)
+        verify(damaged, CHAIN)
 
 
 @given(st.integers(0, len(RECORD) - 1), st.integers(1, 40))
 @settings(max_examples=400, deadline=None)
 def test_every_missing_byte_is_detected(position: int, length: int) -> None:
     with pytest.raises(WireError):
-        verify(RECORD[:position] + RECORD[position + length :])
+        verify(RECORD[:position] + RECORD[position + length :], CHAIN)
 
 
 @pytest.mark.parametrize("record", [b"", RECORD[:8], RECORD[:-1], RECORD + b"\0"])
