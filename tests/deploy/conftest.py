@@ -13,8 +13,6 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from tiny_models import tiny_model
-from tiny_tokenizer import tiny_tokenizer
 
 from aquifer.server.settings import Settings
 
@@ -98,14 +96,11 @@ def redis_url(compose: dict[str, Any], tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="session")
 def service(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a real `aquifer serve` with a tiny checkpoint and the Redis tier, that has served nothing."""
+    """URL of a real `aquifer serve` with the bundled model and the Redis tier, that has served nothing."""
     folder = tmp_path_factory.mktemp("service")
     log, port = folder / "log", free_port()
-    tiny_model("llama").save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
     environment = {
         **os.environ,
-        "AQUIFER_MODEL": str(folder / "model"),
         "AQUIFER_PORT": str(port),
         "AQUIFER_REDIS_URL": redis_url,
         "AQUIFER_RAM_BYTES": str(256 << 20),
@@ -123,7 +118,7 @@ def service(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             stderr=output,
         )
     try:
-        wait_for(f"http://127.0.0.1:{port}/ready", process, log, seconds=120)
+        wait_for(f"http://127.0.0.1:{port}/ready", process, log, seconds=240)
         yield f"http://127.0.0.1:{port}"
     finally:
         stop(process)

@@ -18,11 +18,11 @@ Query = Callable[[str], list[dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def expressions(root: Path) -> dict[str, str]:
-    """'panel id/refId title' -> PromQL as Grafana would send it, over the last minute."""
+    """'panel id/refId title' -> PromQL as Grafana would send it, over the last two minutes."""
     dashboard = json.loads((root / "deploy" / "grafana" / "dashboards" / "aquifer.json").read_text())
     return {
         f"{panel['id']}/{target['refId']} {panel['title']}": target["expr"]
-        .replace("$__rate_interval", "1m")
+        .replace("$__rate_interval", "2m")
         .replace("$instance", ".*")
         for panel in dashboard["panels"]
         for target in panel.get("targets", [])
