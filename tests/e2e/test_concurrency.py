@@ -1,0 +1,95 @@
+"""Many clients at once, and clients that leave."""
+
+from __future__ import annotations
+
+import random
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+import httpx
+import pytest
+from service_process import ServiceProcess, document, plain_answer
+from transformers import PreTrainedModel
+from waiting import wait_until
+
+from aquifer.clients import Answer, Sampling, Token
+
+THREADS = 12
+REQUESTS_PER_THREAD = 5
+QUESTIONS = ("What is the heaviest crate?", "Which is due first?")
+SAMPLING = Sampling(max_new_tokens=16)
+# At 2 ms per token nobody waits for the end of it.
+LONG = Sampling(max_new_tokens=2000)
+
+
+def nothing_runs(service: ServiceProcess) -> bool:
+    return (
+        service.metric("requests_running") == 0
+        and service.metric("requests_waiting") == 0
+        and service.metric("gpu_memory_bytes", use="resident") == 0
+    )
+
+
+def test_mixed_requests_at_once_get_the_answers_they_get_alone(
+    plain_service: ServiceProcess, model: PreTrainedModel
+) -> None:
+    texts = [document(f"Shared {number} of them", num_tokens=400 + 400 * number) for number in range(4)]
+    expected = {
+        (text, question): plain_answer(model, text, question, 16) for text in texts for question in QUESTIONS
+    }
+    client = plain_service.client
+
+    def request(draw: random.Random) -> tuple[list[int], list[int] | None]:
+        """What was answered, and what should have been; None where the client left early."""
+        text, question = draw.choice(texts), draw.choice(QUESTIONS)
+        kind = draw.choice(("whole", "stream", "leave"))
+        if kind == "whole":
+            answer = client.generate(question, document=text, sampling=SAMPLING)
+            return [token.id for token in answer.tokens], expected[text, question]
+        sampling = LONG if kind == "leave" else SAMPLING
+        tokens: list[int] = []
+        with closing(client.generate_stream(question, document=text, sampling=sampling)) as items:
+            for item in items:
+                if isinstance(item, Token):
+                    tokens.append(item.id)
+                if kind == "leave" and len(tokens) == 3:
+                    return tokens, expected[text, question][:3]
+        assert isinstance(item, Answer) and item.generated_tokens == len(tokens)
+        return tokens, expected[text, question]
+
+    def requests(seed: int) -> list[tuple[list[int], list[int] | None]]:
+        draw = random.Random(seed)
+        return [request(draw) for _ in range(REQUESTS_PER_THREAD)]
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        results = [result for results in pool.map(requests, range(THREADS)) for result in results]
+    assert len(results) == THREADS * REQUESTS_PER_THREAD
+    for answered, should_be in results:
+        assert answered == should_be
+    wait_until(lambda: nothing_runs(plain_service), poll_seconds=0.05)
+
+
+def test_leaving_a_stream_ends_its_generation(plain_service: ServiceProcess) -> None:
+    left = plain_service.metric("requests_total", status="499") if has_left(plain_service) else 0.0
+    generated = plain_service.metric("generation_tokens_total")
+    items = plain_service.client.generate_stream("Go on.", sampling=LONG)
+    assert isinstance(next(items), Token)
+    items.close()
+    wait_until(lambda: nothing_runs(plain_service), poll_seconds=0.02)
+    assert plain_service.metric("generation_tokens_total") - generated < LONG.max_new_tokens
+    assert plain_service.metric("requests_total", status="499") == left + 1
+
+
+def test_hanging_up_while_waiting_for_an_answer_ends_its_generation(plain_service: ServiceProcess) -> None:
+    left = plain_service.metric("requests_total", status="499") if has_left(plain_service) else 0.0
+    generated = plain_service.metric("generation_tokens_total")
+    body = {"inputs": "Go on.", "parameters": {"max_new_tokens": LONG.max_new_tokens}}
+    with httpx.Client(base_url=plain_service.url, timeout=0.3) as impatient, pytest.raises(httpx.ReadTimeout):
+        impatient.post("/generate", json=body)
+    wait_until(lambda: nothing_runs(plain_service), poll_seconds=0.02)
+    assert plain_service.metric("generation_tokens_total") - generated < LONG.max_new_tokens
+    assert plain_service.metric("requests_total", status="499") == left + 1
+
+
+def has_left(service: ServiceProcess) -> bool:
+    return 'status="499"' in service.http.get("/metrics").text
