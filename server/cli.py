@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -122,6 +124,130 @@ def doctor(
         raise typer.Exit(1)
 
 
+@app.command()
+@takes_settings
+def calibrate(
+    settings: Settings,
+    out: Annotated[Path, typer.Option(file_okay=False, help="folder the predictors are written to")],
+    texts: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            exists=True, dir_okay=False, help='JSON Lines: {"text": "..."}; default: generated records'
+        ),
+    ] = None,
+    bits: Annotated[int, typer.Option(min=2, max=4, help="of the codec they are made for")] = 2,
+    tokens: Annotated[int, typer.Option(min=1, help="to read, all texts together")] = 262_144,
+    sequence_tokens: Annotated[int, typer.Option(min=512, help="where a long text is cut")] = 8192,
+    offload: Annotated[
+        bool, typer.Option(help="keep the KV on disk: for models that fill the device")
+    ] = False,
+    seed: int = 0,
+) -> None:
+    """Fit AQUA-KV's predictors for a model on sample texts."""
+    from aquifer.compression.predictors import LayerFit
+    from aquifer.server.engine.calibrate import CalibrationPlan, calibrate_model
+    from aquifer.server.logs import configure_logging
+
+    configure_logging("warning")
+    description = f"generated records, seed {seed}" if texts is None else texts.name
+    plan = CalibrationPlan(description, bits, tokens, sequence_tokens, seed, offload)
+    fits: list[LayerFit] = []
+    with _progress("reading") as bar:
+        task = bar.add_task("reading", total=float(tokens))
+        try:
+            calibrate_model(
+                settings,
+                _generated_texts(settings, seed) if texts is None else _texts(texts),
+                plan,
+                out,
+                on_tokens=lambda count: bar.advance(task, count),
+                on_layer=fits.append,
+            )
+        except (ValueError, OSError) as error:
+            fail(str(error))
+    table = Table("layer", "key error", "value error", "keys explained", "values explained", box=None)
+    for fit in fits:
+        figures = (fit.key_error, fit.value_error, fit.key_explained, fit.value_explained)
+        table.add_row(str(fit.layer), *(f"{figure:.4f}" for figure in figures))
+    Console().print(table)
+
+
+@app.command("eval")
+@takes_settings
+def evaluate(
+    settings: Settings,
+    task: Annotated[str, typer.Argument(help="text2json, needles, table or perplexity")],
+    kv: Annotated[str, typer.Option(help="full, raw, higgs:B or aqua:B")] = "full",
+    tokens: Annotated[int, typer.Option(min=256, help="of a generated prompt")] = 4096,
+    samples: Annotated[int, typer.Option(min=1)] = 50,
+    seed: int = 1,
+    data: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(exists=True, dir_okay=False, help="JSON Lines with `problem` and `answer`"),
+    ] = None,
+    chat: Annotated[bool, typer.Option(help="wrap prompts in the model's chat template")] = False,
+    json_file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--json", help="write the result, sample by sample"),
+    ] = None,
+) -> None:
+    """Measure the quality of answers made from restored KV."""
+    from typing import cast, get_args
+
+    from aquifer.server.logs import configure_logging
+    from aquifer.workloads import evaluation
+
+    configure_logging("error")
+    if task not in get_args(evaluation.EvalTask):
+        fail(f"no task {task!r}; there are {', '.join(get_args(evaluation.EvalTask))}")
+    plan = evaluation.EvalPlan(
+        cast(evaluation.EvalTask, task), kv, tokens, samples, seed, data=data, chat=chat
+    )
+    with _progress("{task.description}") as bar:
+        shown = bar.add_task("loading", total=None)
+
+        def show(what: str, done: int, total: int) -> None:
+            bar.update(shown, description=what, completed=done, total=total)
+
+        try:
+            result = evaluation.evaluate(plan, settings, show)
+        except (ValueError, OSError) as error:
+            fail(str(error))
+    if json_file is not None:
+        evaluation.write_json(result, json_file)
+    table = Table("figure", "value", box=None, show_header=False)
+    for name, value in asdict(result).items():
+        if value is not None and name != "sample_scores":
+            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+    Console().print(table)
+
+
+@app.command()
+def demo(seed: int = 1) -> None:
+    """Show it on the bundled model: one document, read once, asked about cold and warm."""
+    from aquifer.workloads.demo import run_demo
+
+    if not run_demo(seed):
+        raise typer.Exit(1)
+
+
+@app.command()
+def train_reference(
+    out: Annotated[Path, typer.Option(file_okay=False, help="folder for the exported model")],
+    seconds: Annotated[float, typer.Option(help="stop after so long; go on with --resume")] = math.inf,
+    resume: Annotated[Optional[Path], typer.Option(help="checkpoint file or exported folder")] = None,  # noqa: UP045
+    checkpoint: Annotated[Optional[Path], typer.Option(help="where to save the full state")] = None,  # noqa: UP045
+) -> None:
+    """Train the bundled reference model again. Needs a GPU."""
+    from aquifer.workloads.reference import train
+
+    command = shlex.join(["aquifer", *sys.argv[1:]])
+    try:
+        train.train_reference(out, seconds=seconds, resume=resume, checkpoint=checkpoint, command=command)
+    except FileNotFoundError as error:
+        fail(str(error))
+
+
 @dataclass(frozen=True)
 class _Summary:
     """What is said below an answer."""
@@ -196,8 +322,7 @@ def _answer_here(settings: Settings, document: str, question: str) -> _Pieces:
 
 def _show(pieces: _Pieces) -> None:
     """Progress on stderr until the answer begins, the answer on stdout, a line of figures on stderr."""
-    columns = (TextColumn("reading"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=_stderr, transient=True, disable=not _stderr.is_terminal) as bar:
+    with _progress("reading", transient=True) as bar:
         task = bar.add_task("reading", total=1.0)
         for piece in pieces:
             if isinstance(piece, float):
@@ -214,6 +339,30 @@ def _show(pieces: _Pieces) -> None:
                         f"first token after {piece.ttft_seconds:.2f} s, {piece.generated_tokens} tokens",
                         style="dim",
                     )
+
+
+def _progress(label: str, *, transient: bool = False) -> Progress:
+    columns = (TextColumn(label), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    # Redirected, a bar is only noise.
+    return Progress(*columns, console=_stderr, transient=transient, disable=not _stderr.is_terminal)
+
+
+def _generated_texts(settings: Settings, seed: int) -> Iterator[str]:
+    from aquifer.server.engine.build import load_tokenizer
+    from aquifer.workloads.reference.texts import calibration_texts
+
+    tokenizer = load_tokenizer(settings)
+    return calibration_texts(seed, lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
+
+
+def _texts(file: Path) -> Iterator[str]:
+    """The texts of a JSON Lines file. Raises ValueError with the line's number."""
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                yield str(json.loads(line)["text"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f'{file}:{number}: not {{"text": "..."}}') from error
 
 
 @contextmanager

@@ -83,7 +83,7 @@ def start(tmp_path: Path, checkpoint: Path) -> Iterator[Any]:
 def test_help_lists_the_commands() -> None:
     result = run("--help")
     assert result.returncode == 0
-    for command in ("serve", "ask", "config", "doctor"):
+    for command in ("serve", "ask", "config", "doctor", "calibrate", "eval", "demo", "train-reference"):
         assert command in result.stdout
 
 
@@ -193,3 +193,42 @@ def test_sigterm_finishes_running_answers_and_a_restart_knows_the_documents(
     after = httpx.post(f"{second.url}/generate", json=question, timeout=60).json()
     assert after["generated_text"] == last["generated_text"]
     assert after["details"]["cached_tokens"]["redis"] == 1536
+
+
+def test_calibrate_makes_predictors_that_are_then_used(tmp_path: Path, checkpoint: Path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    lines = [f"Record {number}. {DOCUMENT}" for number in range(12)]
+    texts.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    folder = tmp_path / "predictors"
+    sizes = ["--tokens", "6000", "--sequence-tokens", "512", "--threads", "1"]
+    model = ["--model", str(checkpoint)]
+    made = run("calibrate", "--texts", str(texts), "--out", str(folder), *model, *sizes)
+    assert made.returncode == 0, made.stderr
+    assert "values explained" in made.stdout
+    assert json.loads((folder / "card.json").read_text())["data"] == "texts.jsonl"
+    found = run("doctor", "--json", *model, "--predictors", str(folder))
+    assert {"predictors": "ok"}.items() <= {f["name"]: f["status"] for f in json.loads(found.stdout)}.items()
+    file = tmp_path / "document.txt"
+    file.write_text(DOCUMENT)
+    asked = run(
+        "ask", str(file), "How many?", *model, *SMALL, "--codec", "aqua:2", "--predictors", str(folder)
+    )
+    assert asked.returncode == 0, asked.stderr
+
+
+def test_calibrate_names_the_line_that_is_no_text(tmp_path: Path, checkpoint: Path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "a"}\n{"txt": "b"}\n')
+    result = run(
+        "calibrate",
+        "--texts",
+        str(texts),
+        "--out",
+        str(tmp_path),
+        "--model",
+        str(checkpoint),
+        "--threads",
+        "1",
+    )
+    assert result.returncode == 2
+    assert "texts.jsonl:2" in result.stderr and "Traceback" not in result.stderr
