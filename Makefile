@@ -37,7 +37,7 @@ train-reference: $(VENV)/.runtime
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (torch is large; once)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --no-deps torch
 	$(PIP) -e .
 	touch $@
 
