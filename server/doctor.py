@@ -7,6 +7,7 @@ import json
 import os
 import platform
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit, urlunsplit
@@ -49,11 +50,8 @@ def hide_password(url: str) -> str:
 
 
 def _python() -> Finding:
-    import torch
-    import transformers
-
-    found = f"Python {platform.python_version()}, torch {torch.__version__}"
-    return Finding("python", "ok", f"{found}, transformers {transformers.__version__}")
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    return Finding("python", "ok", f"Python {platform.python_version()}, {packages}")
 
 
 def _gpu(settings: Settings) -> Finding:
