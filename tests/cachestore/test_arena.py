@@ -46,6 +46,21 @@ def test_a_prefix_got_again_outlives_a_newer_one_and_loses_its_end_first() -> No
     assert held(arena, used) == [0]
 
 
+def test_what_is_put_behind_an_old_beginning_is_new() -> None:
+    arena = RamArena(8 * 256, 256)
+    documents = [
+        chain_keys(NAMESPACE, [1, 2, 3, 4, *range(1000 * number, 1000 * number + 44)], segment_tokens=8)
+        for number in (1, 2, 3)
+    ]
+    for document in documents:
+        assert document.sinks is not None
+        for key in (document.sinks, *document.segments):
+            assert arena.put(key, b"x")
+    old, middle, new = (held(arena, document.segments) for document in documents)
+    assert (old, middle, new) == ([], [0], [0, 1, 2, 3, 4, 5])
+    assert arena.contains([key for document in documents if (key := document.sinks)]) == [True] * 3
+
+
 def test_release_order_does_not_decide_what_is_evicted() -> None:
     arena = RamArena(3 * 256, 256)
     keys, new = chain(3), chain(1, 1000)
@@ -83,6 +98,22 @@ def test_deleting_a_leased_record_unlinks_it_now_and_frees_its_slot_later() -> N
     assert bytes(lease.data) == b"old"
     lease.release()
     assert arena.put(new, b"new")
+
+
+def test_a_deleted_record_keeps_its_slot_until_the_last_of_its_leases() -> None:
+    arena = RamArena(256, 256)
+    old, new = chain(1)[0], chain(1, 1000)[0]
+    arena.put(old, b"old")
+    first, second = arena.get([old, old])
+    assert first is not None
+    assert second is not None
+    arena.delete([old])
+    first.release()
+    assert not arena.put(new, b"new")
+    assert bytes(second.data) == b"old"
+    second.release()
+    assert arena.put(new, b"new")
+    assert arena.stats().used_bytes == 256
 
 
 def test_when_everything_is_leased_or_pinned_a_put_is_refused_and_counted() -> None:

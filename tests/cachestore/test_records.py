@@ -173,3 +173,34 @@ def test_a_value_that_is_no_record_reads_as_none(redis_server: Any, make_link: A
     with Redis(port=redis_server.port) as raw:
         raw.rpush("aquifer:r:name", b"a list")
     assert records.get("name") is None
+
+
+def test_a_put_that_redis_has_no_memory_for_beats_what_it_still_holds(
+    redis_server: Any, make_link: Any
+) -> None:
+    records = RecordStore(make_link(redis_server.url))
+    records.put("name", b"old", None)
+    with Redis(port=redis_server.port) as raw:
+        raw.config_set("maxmemory", 1)
+        records.put("name", b"new", None)
+        assert records.get("name") == b"new"
+        raw.config_set("maxmemory", 0)
+    assert records.get("name") == b"new"
+    assert RecordStore(make_link(redis_server.url)).get("name") == b"new"
+
+
+def test_a_put_forgotten_during_an_outage_is_not_taken_for_a_delete(
+    redis_server: Any, make_link: Any, wait_until: Any
+) -> None:
+    link = make_link(redis_server.url, timeout_seconds=0.2)
+    records = RecordStore(link, ram_bytes=100)
+    records.put("a", b"old", None)
+    redis_server.pause()
+    try:
+        records.put("a", b"n" * 60, None)
+        records.put("b", b"n" * 60, None)
+    finally:
+        redis_server.resume()
+    wait_until(lambda: link.up)
+    assert records.get("b") == b"n" * 60
+    assert records.get("a") in {b"old", b"n" * 60}, "Redis may have taken the put it did not confirm"

@@ -81,6 +81,20 @@ def test_a_user_without_rights_leaves_the_tier_down_until_they_are_granted(
     assert tier.put(KEYS[0], b"record")
 
 
+def test_rights_that_are_taken_away_are_an_outage(redis_server: Any, make_tier: Any, wait_until: Any) -> None:
+    with Redis(port=redis_server.port) as admin:
+        admin.execute_command("ACL", "SETUSER", "aquifer", "on", ">pw", "+@all", "~aquifer:*")
+        tier = make_tier(f"redis://aquifer:pw@127.0.0.1:{redis_server.port}")
+        assert tier.put(KEYS[0], b"record")
+        admin.execute_command("ACL", "SETUSER", "aquifer", "-getex")
+        assert tier.get(KEYS[:1]) == [None]
+        assert not tier.up
+        admin.execute_command("ACL", "SETUSER", "aquifer", "+getex")
+    wait_until(lambda: tier.up)
+    assert tier.get(KEYS[:1]) != [None]
+    assert tier.stats().corrupt == 0
+
+
 def test_a_user_who_may_not_ask_for_statistics_can_still_serve(redis_server: Any, make_tier: Any) -> None:
     with Redis(port=redis_server.port) as admin:
         rights = ["+set", "+get", "+getex", "+exists", "+unlink", "~aquifer:*"]

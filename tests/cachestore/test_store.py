@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import resource
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -266,11 +266,8 @@ def test_many_rounds_leave_nothing_behind(redis_server: Any, make_store: Any) ->
                 elif found[1] != body:
                     failures.append((seed, step, found[0]))
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
     assert store.flush(10)
     assert failures == []
     assert store.ram.open_leases == 0

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -24,7 +24,7 @@ NAMESPACE = make_namespace("model", "codec", "")
 KEYS = chain_keys(NAMESPACE, range(64), segment_tokens=8).segments
 
 
-def accept_all(record: memoryview) -> None:
+def accept_all(record: memoryview, digest: bytes) -> None:
     pass
 
 
@@ -165,9 +165,6 @@ def test_readers_writers_and_deleters_never_see_wrong_bytes(tier: Any) -> None:
             if step % 7 == seed:
                 tier.delete(chosen[:1])
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
     assert failures == []
