@@ -229,6 +229,10 @@ class RamArena:
         started = time.perf_counter()
         source = memoryview(record).cast("B")
         if (present := self._entries.get(key)) is not None:
+            # Many prompts begin alike. Who puts their beginning again uses it, and what it puts behind
+            # it is new, not as old as the first of them.
+            present.rank = max(present.rank, self._rank_of_new(key))
+            self._offer(present)
             return present, False
         entry = self._take_slot(key, source.nbytes)
         if entry is None:

@@ -90,7 +90,7 @@ class Fetcher:
         wanted = [index for index, tier in held.items() if self._gate.worth_loading(tier)]
         asked = [keys.segments[index] for index in wanted]
         if 0 in wanted and keys.sinks is not None:
-            asked.append(keys.sinks)
+            asked.insert(0, keys.sinks)  # at its place in the prefix, whose end is evicted first
         leases = dict(zip(asked, self._store.get(asked), strict=True)) if asked else {}
         found = []
         for index in wanted:
