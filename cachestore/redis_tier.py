@@ -76,7 +76,7 @@ class RedisTier:
         self.link = link
         self.max_record_bytes = max_record_bytes
         self._num_parts = max(1, -(-max_record_bytes // PART_BYTES))
-        self._expiry: tuple[str | int, ...] = ("PX", int(ttl_seconds * 1000)) if ttl_seconds else ()
+        self._expiry: tuple[str | int, ...] = ("PX", max(1, int(ttl_seconds * 1000))) if ttl_seconds else ()
         self._connections = connections
         self._readers = ThreadPoolExecutor(connections, thread_name_prefix="redis-read")
         self._lock = threading.Lock()
@@ -254,16 +254,17 @@ class _Assembly:
             else:
                 reader.read_into(room)
             reader.end()
-        elif part == 0:
-            self._is_damaged = head is not None  # not even a string
-        elif self._part_of_target(part):
-            self._is_damaged = True  # a part is missing
+        elif isinstance(head, RefusedError) and head.code != "WRONGTYPE":
+            self.stop()  # its slot is moving to another node, say: a miss, and nothing wrong with the record
+        elif head is not None or self._part_of_target(part):
+            self._is_damaged = True  # not a string, or a part is missing
         if part == self._num_parts - 1:
             self._finish()
 
     def stop(self) -> None:
-        """Give back what was under way when the connection ended."""
-        if self._target is not None:
+        """Give up the record in hand, if there is one."""
+        target, self._target = self._target, None
+        if target is not None:
             self._landing.abandon(self._index)
 
     def _room(self, part: int, prefix: bytes, length: int) -> memoryview | None:

@@ -177,7 +177,7 @@ def test_named_records_in_a_cluster(cluster: list[Any], make_link: Any) -> None:
 
 
 def test_a_slot_that_moved_is_refused_once_and_then_found(cluster: list[Any], make_tier: Any) -> None:
-    tier = make_tier(cluster[0].url + "?cluster=true")
+    tier, reader = (make_tier(cluster[0].url + "?cluster=true") for _ in range(2))
     clients = [Redis(port=server.port, decode_responses=True) for server in cluster]
     slot = clients[0].execute_command("CLUSTER", "KEYSLOT", KEYS[0].redis_name)
     new_owner = clients[2 if slot < 10923 else 0]
@@ -186,7 +186,9 @@ def test_a_slot_that_moved_is_refused_once_and_then_found(cluster: list[Any], ma
     assert not tier.put(KEYS[0], b"record")
     assert tier.up
     assert tier.put(KEYS[0], b"record")
-    (lease,) = tier.get(KEYS[:1])
+    assert reader.get(KEYS[:1]) == [None]
+    assert reader.stats().corrupt == 0
+    (lease,) = reader.get(KEYS[:1])
     assert bytes(lease.data) == b"record"
     for client in clients:
         client.close()
