@@ -128,7 +128,7 @@ class _AnnouncingServer(uvicorn.Server):
 
 
 def _as_status(status: int) -> Callable[[Request, Exception], Awaitable[JSONResponse]]:
-    async def handle(_: Request, error: Exception) -> JSONResponse:
-        return ApiError(status, str(error)).response()
+    async def handle(request: Request, error: Exception) -> JSONResponse:
+        return ApiError(status, str(error)).response(request.url.path)
 
     return handle

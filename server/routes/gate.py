@@ -56,7 +56,7 @@ class Gate:
         try:
             tenant = self._tenant(scope["path"], headers)
             if tenant is None:
-                await _unauthorized().response()(scope, receive, send_with_id)
+                await _unauthorized().response(scope["path"])(scope, receive, send_with_id)
             else:
                 state["tenant"] = tenant
                 await self._app(scope, receive, send_with_id)
@@ -66,7 +66,7 @@ class Gate:
                 # The answer has begun; closing the connection is all that can still be said.
                 raise
             message = f"internal error: {type(error).__name__}; the log has it under request id {request_id}"
-            await ApiError(500, message).response()(scope, receive, send_with_id)
+            await ApiError(500, message).response(scope["path"])(scope, receive, send_with_id)
         finally:
             if scope["path"] not in PROBES:
                 self._count(scope, state.get("outcome", status or 499), time.perf_counter() - started)

@@ -12,7 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from aquifer.server.routes.body import BodyRoute
 from aquifer.server.routes.errors import problems
-from aquifer.server.routes.generate import AVAILABLE_MODES
+from aquifer.server.routes.prepare import AVAILABLE_MODES
 from aquifer.server.routes.schemas import Health, Info, Ready, TokenizeBody, TokenPlace
 from aquifer.server.routes.service import ServiceDep
 
