@@ -20,7 +20,7 @@ from torch import Tensor
 
 from aquifer.compression.chain import Codes, Half, HalfCoder, LayerCoder
 from aquifer.compression.fingerprint import fingerprint
-from aquifer.compression.grids import grid_digest, load_grid
+from aquifer.compression.gaussian import grid_digest, load_grid
 from aquifer.compression.predictors import Predictors
 from aquifer.compression.raw import check_kv
 from aquifer.compression.spec import KVSpec

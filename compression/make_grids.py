@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from aquifer.compression.grids import GRIDS_FILE, SHAPES, Shape
+from aquifer.compression.gaussian import GRIDS_FILE, SHAPES, Shape
 from aquifer.kernels.higgs import nearest_ref
 
 ITERATIONS = 600

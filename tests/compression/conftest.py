@@ -40,9 +40,8 @@ def make_kv(spec: KVSpec) -> KVMaker:
             keys.append(keys[-1] @ key_map[layer] + 0.2 * noise[0, layer])
             below = torch.cat((keys[-1], values[-1]), dim=1)
             values.append(below @ value_map[layer] + 0.2 * noise[1, layer])
-        return tuple(
-            (torch.stack(rows) + mean[i].unsqueeze(1)) * size for i, rows in enumerate((keys, values))
-        )
+        both = (torch.stack((torch.stack(keys), torch.stack(values))) + mean.unsqueeze(2)) * size
+        return both[0], both[1]
 
     return make
 

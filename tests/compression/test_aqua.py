@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -13,6 +13,7 @@ from aquifer.compression.spec import SEGMENT_TOKENS, KVSpec
 from aquifer.compression.wire import record_bytes
 
 CPU = torch.device("cpu")
+KVMaker = Callable[[int, int], tuple[Tensor, Tensor]]
 NAMES = [f"{family}:{bits}" for family in ("aqua", "higgs") for bits in (2, 3, 4)]
 COUNTS = [252, 256, 256, 7]
 
@@ -43,7 +44,12 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_encoder_and_decoder_end_in_the_same_state(
-    name: str, dtype: torch.dtype, spec, make_kv, predictors, monkeypatch
+    name: str,
+    dtype: torch.dtype,
+    spec: KVSpec,
+    make_kv: KVMaker,
+    predictors: Predictors,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     codec = codec_of(name, spec, predictors, dtype)
     states: list[Tensor] = []
@@ -62,7 +68,9 @@ def test_encoder_and_decoder_end_in_the_same_state(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_segments_decode_alike_in_any_grouping(dtype: torch.dtype, spec, make_kv, predictors) -> None:
+def test_segments_decode_alike_in_any_grouping(
+    dtype: torch.dtype, spec: KVSpec, make_kv: KVMaker, predictors: Predictors
+) -> None:
     codec = codec_of("aqua:2", spec, predictors, dtype)
     counts = [256] * 5
     segments = codec.encode(*make_kv(sum(counts), 4), counts)
@@ -74,7 +82,9 @@ def test_segments_decode_alike_in_any_grouping(dtype: torch.dtype, spec, make_kv
         assert relative_error(values, together[1][:, tokens].float()) <= 1e-6
 
 
-def test_a_segment_does_not_depend_on_what_follows_it(spec, make_kv, predictors) -> None:
+def test_a_segment_does_not_depend_on_what_follows_it(
+    spec: KVSpec, make_kv: KVMaker, predictors: Predictors
+) -> None:
     codec = codec_of("aqua:2", spec, predictors)
     keys, values = make_kv(1024, 6)
     other_keys, other_values = make_kv(1024, 7)
@@ -87,7 +97,7 @@ def test_a_segment_does_not_depend_on_what_follows_it(spec, make_kv, predictors)
 
 @pytest.mark.parametrize(("bits", "bound"), [(2, 0.06), (3, 0.02), (4, 0.005)])
 def test_prediction_beats_plain_higgs_at_equal_bits(
-    bits: int, bound: float, spec, make_kv, predictors
+    bits: int, bound: float, spec: KVSpec, make_kv: KVMaker, predictors: Predictors
 ) -> None:
     keys, values = make_kv(600, 8)
     error = {}
@@ -98,7 +108,7 @@ def test_prediction_beats_plain_higgs_at_equal_bits(
     assert error["aqua"] < error["higgs"] / 3 and error["aqua"] < bound, error
 
 
-def test_errors_do_not_build_up_over_layers(spec, make_kv, predictors) -> None:
+def test_errors_do_not_build_up_over_layers(spec: KVSpec, make_kv: KVMaker, predictors: Predictors) -> None:
     keys, values = make_kv(600, 9)
     codec = codec_of("aqua:2", spec, predictors)
     found, _ = decode(codec, codec.encode(keys, values, [600]), [600])
@@ -116,7 +126,9 @@ def test_two_bits_cost_at_most_2_10_on_the_wire() -> None:
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=4))
 @settings(max_examples=20, deadline=None)
-def test_any_token_counts_round_trip(spec, make_kv, predictors, counts: list[int]) -> None:
+def test_any_token_counts_round_trip(
+    spec: KVSpec, make_kv: KVMaker, predictors: Predictors, counts: list[int]
+) -> None:
     codec = codec_of("aqua:3", spec, predictors)
     keys, values = make_kv(sum(counts), 10)
     segments = codec.encode(keys, values, counts)
@@ -128,7 +140,9 @@ def test_any_token_counts_round_trip(spec, make_kv, predictors, counts: list[int
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", NAMES)
-def test_the_gpu_decodes_like_the_cpu(name: str, spec, make_kv, predictors) -> None:
+def test_the_gpu_decodes_like_the_cpu(
+    name: str, spec: KVSpec, make_kv: KVMaker, predictors: Predictors
+) -> None:
     device = torch.device("cuda")
     keys, values = make_kv(512, 12)
     codec = make_codec(name, spec, device=device, codec_dtype=torch.bfloat16, predictors=predictors)
@@ -161,14 +175,16 @@ def test_zero_rows_come_back_as_zeros() -> None:
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_values_that_are_not_finite_are_refused(bad: float, spec, make_kv, predictors) -> None:
+def test_values_that_are_not_finite_are_refused(
+    bad: float, spec: KVSpec, make_kv: KVMaker, predictors: Predictors
+) -> None:
     keys, values = make_kv(5, 11)
     values[2, 3, 4] = bad
     with pytest.raises(ValueError, match="values hold values that are not finite"):
         codec_of("aqua:2", spec, predictors).encode(keys, values, [5])
 
 
-def test_fingerprints_tell_codecs_apart(spec, predictors) -> None:
+def test_fingerprints_tell_codecs_apart(spec: KVSpec, predictors: Predictors) -> None:
     codecs = [
         codec_of(name, spec, predictors, dtype) for name in NAMES for dtype in (torch.float32, torch.bfloat16)
     ]
@@ -183,12 +199,16 @@ def test_fingerprints_tell_codecs_apart(spec, predictors) -> None:
 
 
 @pytest.mark.parametrize("name", ["aqua:5", "aqua", "zip", "higgs:2:1"])
-def test_an_unknown_name_is_refused_with_the_known_ones(name: str, spec, predictors) -> None:
+def test_an_unknown_name_is_refused_with_the_known_ones(
+    name: str, spec: KVSpec, predictors: Predictors
+) -> None:
     with pytest.raises(ValueError, match="use raw, aqua:2"):
         codec_of(name, spec, predictors)
 
 
-def test_aqua_without_fitting_predictors_is_refused_with_the_way_out(spec, predictors) -> None:
+def test_aqua_without_fitting_predictors_is_refused_with_the_way_out(
+    spec: KVSpec, predictors: Predictors
+) -> None:
     with pytest.raises(ValueError, match="aquifer calibrate"):
         codec_of("aqua:2", spec, None)
     with pytest.raises(ValueError, match="do not fit 6 layers"):

@@ -1,8 +1,10 @@
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from aquifer.compression.aqua import SIGNS_SEED
 from aquifer.compression.calibration import Corpus, calibrate
@@ -12,6 +14,7 @@ from aquifer.compression.spec import KVSpec
 from aquifer.kernels.hadamard import Rotation
 
 CPU = torch.device("cpu")
+KVMaker = Callable[[int, int], tuple[Tensor, Tensor]]
 
 
 def test_a_planted_map_is_recovered() -> None:
@@ -29,7 +32,7 @@ def test_a_planted_map_is_recovered() -> None:
 
     rotation = Rotation.of(16, SIGNS_SEED, CPU)
 
-    def unrotated(weight: torch.Tensor) -> torch.Tensor:
+    def unrotated(weight: Tensor) -> Tensor:
         return rotation.unrotate(rotation.unrotate(weight.float()).T.contiguous()).T
 
     # Noise in the inputs (4 bits: 0.8 % of the energy) shrinks a fit by about as much.
@@ -40,7 +43,7 @@ def test_a_planted_map_is_recovered() -> None:
     assert fitted.card.layers[1].key_explained > 0.98 and fitted.card.layers[1].value_explained > 0.98
 
 
-def test_each_layer_is_reported_on_held_out_sequences(spec, make_kv) -> None:
+def test_each_layer_is_reported_on_held_out_sequences(spec: KVSpec, make_kv: KVMaker) -> None:
     reported: list[LayerFit] = []
     corpus = Corpus(
         HeldSource([make_kv(800, 1), make_kv(700, 2)]), HeldSource([make_kv(300, 3)]), "planted", 7
@@ -62,7 +65,9 @@ def test_each_layer_is_reported_on_held_out_sequences(spec, make_kv) -> None:
     assert all(0 < fit.key_error < 0.1 and 0 < fit.value_error < 0.1 for fit in reported)
 
 
-def test_spilled_and_offloaded_calibration_gives_the_same_predictors(spec, make_kv, tmp_path: Path) -> None:
+def test_spilled_and_offloaded_calibration_gives_the_same_predictors(
+    spec: KVSpec, make_kv: KVMaker, tmp_path: Path
+) -> None:
     sequences = [make_kv(600, 1), make_kv(500, 2)]
     heldout = HeldSource([make_kv(200, 3)])
     spilled = SpilledSource(tmp_path / "kv")
@@ -85,13 +90,13 @@ def test_spilled_and_offloaded_calibration_gives_the_same_predictors(spec, make_
     assert fit(SpilledSource(tmp_path / "kv"), offload=True).hash == held.hash
 
 
-def test_a_corpus_shorter_than_a_layer_is_wide_still_fits(spec, make_kv) -> None:
+def test_a_corpus_shorter_than_a_layer_is_wide_still_fits(spec: KVSpec, make_kv: KVMaker) -> None:
     corpus = Corpus(HeldSource([make_kv(20, 1)]), HeldSource([make_kv(20, 2)]), "", 0)
     fitted = calibrate(corpus, spec, bits=2, model_fingerprint="m", device=CPU, codec_dtype=torch.float32)
     assert fitted.value_weight.isfinite().all()
 
 
-def test_an_empty_corpus_is_refused(spec, make_kv) -> None:
+def test_an_empty_corpus_is_refused(spec: KVSpec, make_kv: KVMaker) -> None:
     corpus = Corpus(HeldSource([make_kv(20, 1)]), HeldSource([]), "", 0)
     with pytest.raises(ValueError, match="at least one sequence"):
         calibrate(corpus, spec, bits=2, model_fingerprint="m", device=CPU, codec_dtype=torch.float32)
@@ -104,13 +109,15 @@ def test_saved_predictors_load_for_their_model(predictors: Predictors, tmp_path:
     assert torch.equal(loaded.value_weight, predictors.value_weight)
 
 
-def test_predictors_of_another_model_are_refused_with_the_way_out(predictors, tmp_path: Path) -> None:
+def test_predictors_of_another_model_are_refused_with_the_way_out(
+    predictors: Predictors, tmp_path: Path
+) -> None:
     predictors.save(tmp_path)
     with pytest.raises(PredictorsError, match=r"planted, this is other: calibrate .* higgs:4"):
         Predictors.load(tmp_path, "other")
 
 
-def test_missing_or_mixed_predictor_files_are_refused(predictors, tmp_path: Path) -> None:
+def test_missing_or_mixed_predictor_files_are_refused(predictors: Predictors, tmp_path: Path) -> None:
     with pytest.raises(PredictorsError, match="no predictors in"):
         Predictors.load(tmp_path, "planted")
     replace(predictors, key_bias=predictors.key_bias + 1).save(tmp_path / "a")
@@ -121,7 +128,7 @@ def test_missing_or_mixed_predictor_files_are_refused(predictors, tmp_path: Path
 
 
 @pytest.mark.parametrize("text", ["{}", "not json", "[]", '{"hash": "0", "layers": [{}]}'])
-def test_a_damaged_card_is_refused(text: str, predictors, tmp_path: Path) -> None:
+def test_a_damaged_card_is_refused(text: str, predictors: Predictors, tmp_path: Path) -> None:
     predictors.save(tmp_path)
     (tmp_path / "card.json").write_text(text)
     with pytest.raises(PredictorsError, match=r"card\.json is damaged"):

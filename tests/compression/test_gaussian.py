@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from aquifer.compression.grids import SHAPES, Shape, load_grid
+from aquifer.compression.gaussian import SHAPES, Shape, load_grid
 from aquifer.compression.make_grids import lloyd, mean_squared_error
 
 # Mean-squared error per coordinate on N(0, 1) of the best grids known.
