@@ -72,7 +72,9 @@ class Settings(BaseSettings):
     )
     redis_ttl_seconds: float = Field(7 * 86400, gt=0, description="a segment unused this long expires")
     redis_timeout_seconds: float = Field(2.0, gt=0, description="socket timeout; a slower answer is a miss")
-    redis_connections: int = Field(4, ge=1, description="parallel connections for reads")
+    redis_connections: int = Field(
+        1, ge=1, description="parallel connections for reads; more pay with TLS and over long distances"
+    )
     redis_queue_bytes: int = Field(
         512 * MIB, ge=MIB, description="write-behind backlog; beyond it writes are dropped"
     )
