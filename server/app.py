@@ -20,7 +20,7 @@ from fastapi.responses import JSONResponse
 from aquifer.cachestore.records import RecordStore
 from aquifer.server.documents import DocumentConflictError, Documents, UnknownDocumentError
 from aquifer.server.metrics import Metrics
-from aquifer.server.routes import documents, generate, meta
+from aquifer.server.routes import documents, generate, meta, openai
 from aquifer.server.routes.errors import ApiError, install_error_handlers
 from aquifer.server.routes.gate import Gate
 from aquifer.server.routes.schemas import ServerSentEvent
@@ -64,7 +64,7 @@ def create_app(
     for error, status in _STATUS_OF_ERRORS.items():
         app.add_exception_handler(error, _as_status(status))
     app.add_middleware(Gate, settings=settings, metrics=metrics)
-    for router in (generate.router, documents.router, meta.router):
+    for router in (generate.router, openai.router, documents.router, meta.router):
         app.include_router(router)
     app.openapi = _openapi_with_events(app)  # type: ignore[method-assign]  # FastAPI's documented way
     return app

@@ -1,7 +1,8 @@
 """Text to token ids: off the event loop, in pieces, never further than the limit, never twice.
 
     ValueError
-    └── TooLongError    the prompt has more tokens than this server takes
+    ├── TooLongError         the prompt has more tokens than this server takes
+    └── ChatTemplateError    the model has no chat template, or its template refuses the conversation
 
 A tokenizer does about a megabyte per second and core, so a document of tens of megabytes would take minutes
 and gigabytes in one call. It is therefore cut where the result cannot change, and the work stops as
@@ -23,6 +24,7 @@ from typing import Any
 
 import tokenizers
 from blake3 import blake3
+from jinja2 import TemplateError
 
 MIB = 1 << 20
 PIECE_CHARS = 64 << 10
@@ -43,6 +45,10 @@ class TooLongError(ValueError):
     def __init__(self, limit: int, count: int | None = None) -> None:
         has = f"more than {limit:,}" if count is None else f"{count:,}"
         super().__init__(f"prompt has {has} tokens; this server takes {limit:,} (AQUIFER_MAX_PROMPT_TOKENS)")
+
+
+class ChatTemplateError(ValueError):
+    """The model has no chat template, or its template refuses the conversation."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,7 @@ class Tokenizer:
             raise ValueError(
                 f"{type(hf_tokenizer).__name__} has no tokenizer.json; a fast tokenizer is needed"
             )
+        self._hf_tokenizer = hf_tokenizer
         self._backend = backend
         self._bos: tuple[int, ...] = () if hf_tokenizer.bos_token_id is None else (hf_tokenizer.bos_token_id,)
         self._cuttable = _is_cuttable(backend)
@@ -110,6 +117,13 @@ class Tokenizer:
         """The tokens of a text with their places in it, without BOS. Raises TooLongError."""
         return await self._run(self._tokens, text)
 
+    async def render_chat(self, messages: list[dict[str, str]]) -> str:
+        """A conversation as the model's chat template writes it, ready for the answer, without BOS.
+
+        messages: each with `role` and `content`. Raises ChatTemplateError.
+        """
+        return await self._run(self._render_chat, messages)
+
     def check_length(self, num_tokens: int) -> None:
         """Raises TooLongError when a prompt of so many tokens is not taken."""
         if num_tokens > self.max_prompt_tokens:
@@ -133,6 +147,18 @@ class Tokenizer:
             ids = head + tuple(self._ids(inputs, salt, limit=self.max_prompt_tokens - len(head)))
         self.check_length(len(ids))
         return ids
+
+    def _render_chat(self, messages: list[dict[str, str]]) -> str:
+        if not self._hf_tokenizer.chat_template:
+            raise ChatTemplateError("this model has no chat template; use /v1/completions or /generate")
+        try:
+            text = self._hf_tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise ChatTemplateError(f"the model's chat template refuses this: {error}") from error
+        # Templates write BOS themselves; every prompt gets it from here.
+        return str(text).removeprefix(self._hf_tokenizer.bos_token or "")
 
     def _document(self, text: str, salt: str) -> tuple[int, ...]:
         return tuple(self._ids(text, salt, limit=self.max_prompt_tokens - len(self._bos)))

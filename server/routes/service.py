@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Depends, Request
@@ -18,13 +19,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Service:
-    """Everything a handler needs; one object per application, in `app.state.service`."""
+    """Everything a handler needs; one object per application, in `app.state.service`.
+
+    started: Unix time, seconds
+    """
 
     engine: Engine
     tokenizer: Tokenizer
     documents: Documents
     settings: Settings
     metrics: Metrics
+    started: int = field(default_factory=lambda: int(time.time()))
 
     @property
     def model_name(self) -> str:

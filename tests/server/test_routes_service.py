@@ -170,6 +170,9 @@ def test_openapi_is_valid_and_lists_every_route(openapi: dict[str, Any]) -> None
     assert set(openapi["paths"]) == {
         "/generate",
         "/generate_stream",
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/v1/models",
         "/documents",
         "/documents/{document_id}",
         "/tokenize",
