@@ -131,7 +131,8 @@ class Documents:
         """Start reading a document of these tokens (without BOS); returns it as queued.
 
         Posting the same text under the same id again reads it again: what was evicted comes back,
-        lifetime and pin are set anew. Raises DocumentConflictError when it is another text.
+        lifetime and pin are set anew. While it is being read, a post that asks for the same joins that
+        reading. Raises DocumentConflictError when it is another text.
         """
         document_id = document_id or uuid.uuid4().hex
         packed = _pack(token_ids)
@@ -154,7 +155,15 @@ class Documents:
             known = await self._find(tenant, document_id)
             if known is not None and known.digest != digest:
                 raise DocumentConflictError(document_id)
+            reading = self._readings.get((tenant, document_id))
+            # A lifetime begins with its post, so only posts without one ask for the same.
+            wish = (pin, None) if ttl_seconds is None else None
+            if reading is not None and (reading.document.pinned, reading.document.expires) == wish:
+                return reading.document, reading.task
             await self._stop(tenant, document_id)
+            if known is not None and known.pinned:
+                # Pins count: this one would outlive the document if the next came on top of it.
+                await asyncio.to_thread(self._engine.unpin, self._bos + token_ids, salt)
             name = _name(tenant, "tokens", document_id)
             await asyncio.to_thread(self._records.put, name, packed, ttl_seconds)
             await self._save(document)

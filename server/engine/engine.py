@@ -144,6 +144,10 @@ class Engine:
         self.store.unpin(keys)
         return self.store.delete(keys)
 
+    def unpin(self, token_ids: Sequence[int], cache_salt: str) -> None:
+        """Lift one pin of a prompt's segments; they stay until they are evicted."""
+        self.store.unpin(self._keys(token_ids, cache_salt).segments)
+
     def flush(self, timeout: float) -> bool:
         """Wait until everything computed so far is in its tiers; False when `timeout` seconds pass."""
         deadline = time.monotonic() + timeout

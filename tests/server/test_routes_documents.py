@@ -112,6 +112,24 @@ def test_the_same_text_may_be_posted_again_and_another_may_not(service: RunningS
     assert "delete it first or choose another id" in response.json()["error"]
 
 
+def test_a_post_of_what_is_being_read_joins_the_reading(service: RunningService, engine: FakeEngine) -> None:
+    engine.hold_reading.set()
+    service.post("/documents", document="text", document_id="d")
+    assert service.post("/documents", document="text", document_id="d").status_code == 202
+    engine.hold_reading.clear()
+    assert service.post("/documents", document="text", document_id="d", wait=True).json()["status"] == "ready"
+    assert engine.cancelled == []
+
+
+def test_posting_a_pinned_document_again_lifts_its_old_pin(
+    service: RunningService, engine: FakeEngine
+) -> None:
+    service.post("/documents", document="text", document_id="d", wait=True, pin=True)
+    assert engine.unpinned == []
+    service.post("/documents", document="text", document_id="d", wait=True)
+    assert [token_ids for token_ids, _ in engine.unpinned] == [engine.requests[0].token_ids]
+
+
 @pytest.mark.parametrize("wait", [True, False])
 def test_a_refused_document_has_the_refusals_status(
     service: RunningService, engine: FakeEngine, wait: bool

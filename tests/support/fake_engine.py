@@ -66,7 +66,7 @@ class FakeEngine:
     fail_after:    fail each request after so many tokens
     go_on:         clear it to keep every request waiting before its next token
     hold_reading:  set it to keep every prompt half read
-    requests, cancelled, forgotten: what was asked of the engine
+    requests, cancelled, forgotten, unpinned: what was asked of the engine
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], **limits: int) -> None:
@@ -95,6 +95,7 @@ class FakeEngine:
         self.requests: list[GenerateRequest] = []
         self.cancelled: list[str] = []
         self.forgotten: list[tuple[tuple[int, ...], str]] = []
+        self.unpinned: list[tuple[tuple[int, ...], str]] = []
         self._running: set[str] = set()
 
     def submit(self, request: GenerateRequest, sink: Sink) -> None:
@@ -111,6 +112,9 @@ class FakeEngine:
     def forget(self, token_ids: tuple[int, ...], cache_salt: str) -> int:
         self.forgotten.append((token_ids, cache_salt))
         return len(token_ids) // self.info.segment_tokens
+
+    def unpin(self, token_ids: tuple[int, ...], cache_salt: str) -> None:
+        self.unpinned.append((token_ids, cache_salt))
 
     def load(self) -> EngineLoad:
         return EngineLoad(len(self._running), 0, {"weights": 100, "resident": 20}, 1 << 20)
