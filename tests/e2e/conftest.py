@@ -24,6 +24,9 @@ EXACT = {
     "ram_bytes": 64 << 20,
     "redis_timeout_seconds": 0.5,
 }
+PAGE_BYTES = 3 * 2 * 256 * 32 * 4
+"""KV of one segment: layers, keys and values, tokens, channels, bytes of a float32."""
+
 StartService = Callable[..., ServiceProcess]
 
 
@@ -59,11 +62,10 @@ def start_service(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def plain_service(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
-    """One service without Redis for all tests that leave it as they found it. It takes three requests
-    at once, so that more have to wait."""
-    service = ServiceProcess(
-        tmp_path_factory.mktemp("service"), checkpoint, **{**EXACT, "max_running_requests": 3}
-    )
+    """One service without Redis for all tests that leave it as they found it. It has room for few
+    requests at once, in pages and in number, so that others have to wait."""
+    few = {"max_running_requests": 4, "gpu_kv_bytes": 40 * PAGE_BYTES}
+    service = ServiceProcess(tmp_path_factory.mktemp("service"), checkpoint, **{**EXACT, **few})
     yield service
     service.stop()
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import random
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import redis
@@ -165,6 +168,33 @@ def test_a_full_redis_is_counted_and_does_not_matter(
     assert service.metric("tier_lookups_total", tier="redis", result="error") >= errors + records
     assert redis_is(service, "up"), "a full Redis still answers"
     assert segments_in(module_redis) == set()
+
+
+def test_answers_stay_right_while_redis_comes_and_goes(
+    service: ServiceProcess, module_redis: RedisServer, model: PreTrainedModel
+) -> None:
+    # More than RAM holds, so that Redis is asked all the time.
+    texts = [document(f"{number} in rough weather", num_tokens=1500) for number in range(6)]
+    expected = {text: plain_answer(model, text, QUESTION, NEW_TOKENS) for text in texts}
+
+    def requests(seed: int) -> list[tuple[str, list[int]]]:
+        asked = random.Random(seed).choices(texts, k=8)
+        return [(text, tokens(ask(service, text))) for text in asked]
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(requests, seed) for seed in range(4)]
+        while not all(answer.done() for answer in answers):
+            module_redis.stop()
+            time.sleep(0.3)
+            module_redis.start()
+            wait_until(lambda: redis_is(service, "up"), poll_seconds=0.02)
+            module_redis.pause()
+            time.sleep(0.8)
+            module_redis.resume()
+            wait_until(lambda: redis_is(service, "up"), poll_seconds=0.02)
+    for answer in answers:
+        for text, answered in answer.result():
+            assert answered == expected[text]
 
 
 def flip_a_byte(stored: redis.Redis, names: list[bytes]) -> None:
