@@ -195,7 +195,7 @@ def test_sigterm_finishes_running_answers_and_a_restart_knows_the_documents(
     assert after["details"]["cached_tokens"]["redis"] == 1536
 
 
-def test_calibrate_makes_predictors_that_are_then_used(tmp_path: Path, checkpoint: Path) -> None:
+def test_calibrate_makes_predictors_that_doctor_finds(tmp_path: Path, checkpoint: Path) -> None:
     texts = tmp_path / "texts.jsonl"
     lines = [f"Record {number}. {DOCUMENT}" for number in range(12)]
     texts.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
@@ -205,15 +205,9 @@ def test_calibrate_makes_predictors_that_are_then_used(tmp_path: Path, checkpoin
     made = run("calibrate", "--texts", str(texts), "--out", str(folder), *model, *sizes)
     assert made.returncode == 0, made.stderr
     assert "values explained" in made.stdout
-    assert json.loads((folder / "card.json").read_text())["data"] == "texts.jsonl"
     found = run("doctor", "--json", *model, "--predictors", str(folder))
-    assert {"predictors": "ok"}.items() <= {f["name"]: f["status"] for f in json.loads(found.stdout)}.items()
-    file = tmp_path / "document.txt"
-    file.write_text(DOCUMENT)
-    asked = run(
-        "ask", str(file), "How many?", *model, *SMALL, "--codec", "aqua:2", "--predictors", str(folder)
-    )
-    assert asked.returncode == 0, asked.stderr
+    predictors = next(f for f in json.loads(found.stdout) if f["name"] == "predictors")
+    assert predictors["status"] == "ok" and "tokens of texts.jsonl" in predictors["found"]
 
 
 def test_calibrate_names_the_line_that_is_no_text(tmp_path: Path, checkpoint: Path) -> None:
@@ -232,3 +226,20 @@ def test_calibrate_names_the_line_that_is_no_text(tmp_path: Path, checkpoint: Pa
     )
     assert result.returncode == 2
     assert "texts.jsonl:2" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_eval_writes_figures_of_answers_from_restored_kv(tmp_path: Path, checkpoint: Path) -> None:
+    file = tmp_path / "result.json"
+    plan = ["--kv", "higgs:4", "--tokens", "512", "--samples", "1", "--json", str(file)]
+    sizes = [flag for flag in SMALL if flag not in ("--load-gate", "always")]
+    result = run("eval", "text2json", "--model", str(checkpoint), *plan, *sizes)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(file.read_text())
+    assert figures["restored_tokens"] == 256 and 4 < figures["bits_per_value"] < 8
+    assert "score" in result.stdout
+
+
+def test_eval_names_the_tasks_there_are() -> None:
+    result = run("eval", "chess")
+    assert result.returncode == 2
+    assert "text2json, needles, table, perplexity" in result.stderr
