@@ -47,12 +47,12 @@ def checkpoint(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def start_service(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartService]:
-    """Start services with settings other than EXACT's; all of them must end well with the module."""
+    """Start services, with settings of their own beside EXACT's; all must end well with the module."""
     services: list[ServiceProcess] = []
 
     def start(**settings: Any) -> ServiceProcess:
         folder = tmp_path_factory.mktemp("service")
-        services.append(ServiceProcess(folder, checkpoint, **{**EXACT, **settings}))
+        services.append(ServiceProcess(folder, **{"model": checkpoint, **EXACT, **settings}))
         return services[-1]
 
     yield start
@@ -65,7 +65,7 @@ def plain_service(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """One service without Redis for all tests that leave it as they found it. It has room for few
     requests at once, in pages and in number, so that others have to wait."""
     few = {"max_running_requests": 4, "gpu_kv_bytes": 40 * PAGE_BYTES}
-    service = ServiceProcess(tmp_path_factory.mktemp("service"), checkpoint, **{**EXACT, **few})
+    service = ServiceProcess(tmp_path_factory.mktemp("service"), model=checkpoint, **{**EXACT, **few})
     yield service
     service.stop()
 

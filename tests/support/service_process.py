@@ -94,13 +94,14 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
 class ServiceProcess:
     """One running service; `client` and `http` talk to it. Its log grows in `log_file`."""
 
-    def __init__(self, folder: Path, model: Path, *, api_keys: dict[str, str] | None = None, **settings: Any):
-        """Starts it and waits until it accepts connections. settings: as in server/settings.py."""
+    def __init__(self, folder: Path, *, api_keys: dict[str, str] | None = None, **settings: Any) -> None:
+        """Starts it in a folder of its own, and waits until it accepts connections. settings: as in
+        server/settings.py."""
         self.log_file = folder / "service.log"
         port_file = folder / "port"
         port_file.unlink(missing_ok=True)
         environment = clean_environment(**({"AQUIFER_API_KEYS": json.dumps(api_keys)} if api_keys else {}))
-        command = [AQUIFER, "serve", "--port", "0", "--port-file", str(port_file), "--model", str(model)]
+        command = [AQUIFER, "serve", "--port", "0", "--port-file", str(port_file)]
         with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
                 [*command, *as_flags(settings)], cwd=folder, env=environment, stdout=log, stderr=log
