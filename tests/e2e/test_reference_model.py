@@ -13,7 +13,7 @@ from aquifer.server.settings import REFERENCE_MODEL
 from aquifer.workloads.scoring import score_table
 from aquifer.workloads.tables import make_table
 
-DOCUMENTS = 3
+DOCUMENTS = 2
 SAMPLING = Sampling(max_new_tokens=200)
 
 
