@@ -22,7 +22,7 @@ EXACT = {
     "gpu_cache": False,
     "gpu_kv_bytes": 32 << 20,
     "ram_bytes": 64 << 20,
-    "redis_timeout_seconds": 0.5,
+    "redis_timeout_seconds": 1.0,
 }
 PAGE_BYTES = 3 * 2 * 256 * 32 * 4
 """KV of one segment: layers, keys and values, tokens, channels, bytes of a float32."""

@@ -22,6 +22,7 @@ NEW_TOKENS = 16
 SLOTS = 20
 """Records in the RAM arena: two long documents push everything else out of it."""
 SLOT_BYTES = 256 + 3 * 2 * 256 * 32 * 4 + 16 + 240
+"""Header, KV of a segment in float32, checksum; rounded up to a multiple of 256."""
 
 _fillers = itertools.count()
 
@@ -189,7 +190,7 @@ def test_answers_stay_right_while_redis_comes_and_goes(
             module_redis.start()
             wait_until(lambda: redis_is(service, "up"), poll_seconds=0.02)
             module_redis.pause()
-            time.sleep(0.8)
+            time.sleep(1.3)
             module_redis.resume()
             wait_until(lambda: redis_is(service, "up"), poll_seconds=0.02)
     for answer in answers:

@@ -43,7 +43,6 @@ def test_a_tenant_never_hits_what_another_stored(alpha: Client, beta: Client) ->
     assert own.cached_tokens.total == own.prompt_tokens // 256 * 256
     others = ask(beta, text)
     assert others.cached_tokens.total == 0
-    assert others.timings.restore_seconds < others.timings.prefill_seconds
     assert others.text == own.text
 
 
