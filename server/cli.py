@@ -185,6 +185,7 @@ def evaluate(
         Optional[Path],  # noqa: UP045
         typer.Option(exists=True, dir_okay=False, help="JSON Lines with `problem` and `answer`"),
     ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="prompts on the device together")] = 16,
     chat: Annotated[bool, typer.Option(help="wrap prompts in the model's chat template")] = False,
     json_file: Annotated[
         Optional[Path],  # noqa: UP045
@@ -200,9 +201,7 @@ def evaluate(
     configure_logging("error")
     if task not in get_args(evaluation.EvalTask):
         fail(f"no task {task!r}; there are {', '.join(get_args(evaluation.EvalTask))}")
-    plan = evaluation.EvalPlan(
-        cast(evaluation.EvalTask, task), kv, tokens, samples, seed, data=data, chat=chat
-    )
+    plan = evaluation.EvalPlan(cast(evaluation.EvalTask, task), kv, tokens, samples, seed, data, batch, chat)
     with _progress("{task.description}") as bar:
         shown = bar.add_task("loading", total=None)
 
@@ -350,9 +349,9 @@ def _progress(label: str, *, transient: bool = False) -> Progress:
 def _generated_texts(settings: Settings, seed: int) -> Iterator[str]:
     from aquifer.server.engine.build import load_tokenizer
     from aquifer.workloads.reference.texts import calibration_texts
+    from aquifer.workloads.tasks import token_counter
 
-    tokenizer = load_tokenizer(settings)
-    return calibration_texts(seed, lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
+    return calibration_texts(seed, token_counter(load_tokenizer(settings)))
 
 
 def _texts(file: Path) -> Iterator[str]:

@@ -28,7 +28,7 @@ from aquifer.clients import Progress as Reading
 from aquifer.compression.spec import SEGMENT_TOKENS
 from aquifer.server.settings import REFERENCE_MODEL
 from aquifer.workloads.scoring import score_text2json
-from aquifer.workloads.tasks import Question, Sample
+from aquifer.workloads.tasks import Question, Sample, token_counter
 from aquifer.workloads.text2json import make_text2json
 
 DOCUMENT_TOKENS = 8000
@@ -70,12 +70,9 @@ def run_demo(seed: int) -> bool:
 
 
 def _document(seed: int) -> Sample:
-    tokenizer = AutoTokenizer.from_pretrained(REFERENCE_MODEL)
-
-    def count(text: str) -> int:
-        return len(tokenizer.encode(text, add_special_tokens=False))
-
-    return make_text2json(seed, DOCUMENT_TOKENS, count)
+    return make_text2json(
+        seed, DOCUMENT_TOKENS, token_counter(AutoTokenizer.from_pretrained(REFERENCE_MODEL))
+    )
 
 
 def _answering_redis() -> str | None:

@@ -27,7 +27,7 @@ from aquifer.server.tokenization import Tokenizer
 from aquifer.workloads.needles import make_needles
 from aquifer.workloads.scoring import is_scoreable, score_needles, score_table, score_text2json
 from aquifer.workloads.tables import make_table
-from aquifer.workloads.tasks import CountTokens, Sample, Split, read_samples
+from aquifer.workloads.tasks import CountTokens, Sample, Split, read_samples, token_counter
 from aquifer.workloads.text2json import make_text2json
 
 EvalTask = Literal["text2json", "needles", "table", "perplexity"]
@@ -59,7 +59,7 @@ class EvalPlan:
     samples: int = 50
     seed: int = 1
     data: Path | None = None
-    batch: int = 8
+    batch: int = 16
     chat: bool = False
 
 
@@ -154,11 +154,8 @@ def _samples(plan: EvalPlan, tokenizer: PreTrainedTokenizerBase) -> Iterator[Sam
     if plan.data is not None:
         yield from (sample for sample in read_samples(plan.data) if is_scoreable(sample.answer))
         return
-
-    def count_tokens(text: str) -> int:
-        return len(tokenizer.encode(text, add_special_tokens=False))
-
     make = _MAKERS["text2json" if plan.task == "perplexity" else plan.task]
+    count_tokens = token_counter(tokenizer)
     for seed in itertools.count(plan.seed * 100_000):
         yield make(seed, plan.tokens, count_tokens, "heldout")
 

@@ -67,7 +67,15 @@ KINDS: tuple[Kind, ...] = (
         "persons",
         "she",
         _full_name,
-        ("{}", "the resident {}", "a person named {}", "one {}"),
+        (
+            "{}",
+            "the resident {}",
+            "a person named {}",
+            "the citizen {}",
+            "Ms {}",
+            "resident {}",
+            "a resident called {}",
+        ),
         (
             Field("city", _place, ("lives in {}", "comes from {}", "has a house in {}", "resides in {}")),
             Field(
@@ -82,7 +90,7 @@ KINDS: tuple[Kind, ...] = (
         "patients",
         "he",
         _full_name,
-        ("patient {}", "the patient {}", "a patient named {}", "patient Mr {}"),
+        ("patient {}", "the patient {}", "a patient named {}", "Mr {}", "patient Mr {}"),
         (
             Field(
                 "ward",
@@ -194,7 +202,7 @@ KINDS: tuple[Kind, ...] = (
         "books",
         "it",
         _full_name,
-        ("the book {}", "a book titled {}", "the volume {}", "book {}"),
+        ("the book {}", "a book titled {}", "the volume {}", "a book called {}"),
         (
             Field(
                 "author",

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from transformers import PreTrainedTokenizerBase
+
 TaskName = Literal["text2json", "needles", "table"]
 Split = Literal["train", "heldout"]
 CountTokens = Callable[[str], int]
@@ -42,6 +44,11 @@ class Sample:
     @property
     def answer(self) -> str:
         return self.questions[0].answer
+
+
+def token_counter(tokenizer: PreTrainedTokenizerBase) -> CountTokens:
+    """How many tokens a text has, special tokens not counted."""
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
 
 
 def write_samples(path: Path, samples: Iterable[Sample]) -> None:

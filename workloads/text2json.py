@@ -52,6 +52,15 @@ _QUESTIONS = (
     "Find every {singular} and return JSON.",
 )
 _HELDOUT_QUESTIONS = 2
+
+# Training also composes noun phrases from these, never the one that is held out for the kind.
+_HEAD_STARTS = ("", "", "the ", "this ", "a certain ")
+_HEAD_LINKS = (
+    *("", "", "called ", "named ", "no. ", "number ", "code ", "model "),
+    *("node ", "type ", "labelled ", "known as ", "entry "),
+)
+_VARIED_HEADS_SHARE = 0.5
+_INVENTED_CLAUSES_SHARE = 0.25
 _HELDOUT_PHRASING_SHARE = 0.3
 _REUSED_NAME_SHARE = 0.06
 _SIMILAR_NAME_SHARE = 0.3
@@ -118,9 +127,10 @@ class _Writer:
     def __init__(self, rng: random.Random, split: Split) -> None:
         self._rng, self._split = rng, split
         self._names: dict[Kind, list[str]] = {}
-        # Half of the training documents hold phrases in words that mean nothing: what a value is must then
-        # be seen from the sentence and from its form, which is what held-out phrases ask for.
-        self._invented_share = 0.25 if split == "train" and rng.random() < 0.5 else 0.0
+        # Half of the training documents hold phrases that are composed anew, partly of words that mean
+        # nothing: what a value is must then be seen from the sentence and from its form, which is what
+        # held-out phrases ask for.
+        self._varied = split == "train" and rng.random() < 0.5
         unseen = split == "heldout" and rng.random() < _HELDOUT_PHRASING_SHARE
         self._frames = _FRAMES if unseen else _FRAMES[:-_HELDOUT_FRAMES]
         self._questions = _QUESTIONS if unseen else _QUESTIONS[:-_HELDOUT_QUESTIONS]
@@ -143,13 +153,18 @@ class _Writer:
         )
 
     def _head(self, kind: Kind) -> str:
-        if self._rng.random() < self._invented_share:
+        if self._varied and self._rng.random() < _VARIED_HEADS_SHARE:
             word = invented_word(self._rng)
-            return self._rng.choice((f"the {word} {kind.singular} {{}}", f"{kind.singular} {word} {{}}"))
+            noun = self._rng.choice(
+                (kind.singular,) * 3 + (f"{word} {kind.singular}", f"{kind.singular} {word}")
+            )
+            head = f"{self._rng.choice(_HEAD_STARTS)}{noun} {self._rng.choice(_HEAD_LINKS)}{{}}"
+            if head != kind.heads[-1]:
+                return head
         return self._rng.choice(kind.heads[self._phrases])
 
     def _clause(self, field: Field) -> str:
-        if self._rng.random() < self._invented_share:
+        if self._varied and self._rng.random() < _INVENTED_CLAUSES_SHARE:
             words = [invented_word(self._rng) for _ in range(self._rng.randint(1, 3))]
             return " ".join([*words, "{}"])
         return self._rng.choice(field.clauses[self._phrases])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from aquifer.cachestore.arena import RamArena
@@ -26,7 +27,7 @@ from aquifer.server.engine.pages import PagePool
 from aquifer.server.engine.records import slot_bytes
 from aquifer.server.engine.types import EngineInfo
 from aquifer.server.metrics import Metrics
-from aquifer.server.models.adapter import DecoderAdapter
+from aquifer.server.models.adapter import DecoderAdapter, checkpoint_fingerprint
 from aquifer.server.settings import GIB, Settings
 
 log = structlog.get_logger(__name__)
@@ -57,8 +58,7 @@ def build_engine(settings: Settings, metrics: Metrics) -> Engine:
     codec, note = choose_codec(settings, loaded)
     raw = RawCodec(adapter.spec)
     arena = RamArena(settings.ram_bytes, slot_bytes(codec, raw))
-    if adapter.device.type == "cuda":
-        _pin(arena.buffer)
+    unpin = _pin(arena.buffer) if adapter.device.type == "cuda" else None
     redis = None
     if settings.redis_url:
         redis = RedisTier(
@@ -105,6 +105,7 @@ def build_engine(settings: Settings, metrics: Metrics) -> Engine:
         info=info,
         limits=limits,
         metrics=metrics,
+        on_close=unpin,
     )
 
 
@@ -126,7 +127,10 @@ def load_model(settings: Settings) -> LoadedModel:
     model.to(device)  # type: ignore[arg-type]  # transformers' stub forgets torch.device
     adapter = DecoderAdapter(model, max_tokens=limit)
     tokenizer = load_tokenizer(settings)
-    return LoadedModel(adapter, tokenizer, adapter.fingerprint(), max_total, _eos_token_ids(model, tokenizer))
+    # Where transformers found the checkpoint: the folder named, or the hub's snapshot on disk.
+    config_file = cached_file(settings.model_path, "config.json")
+    fingerprint = checkpoint_fingerprint(model, Path(str(config_file)).parent)
+    return LoadedModel(adapter, tokenizer, fingerprint, max_total, _eos_token_ids(model, tokenizer))
 
 
 def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
@@ -189,9 +193,18 @@ def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return tuple(sorted(ids))
 
 
-def _pin(buffer: memoryview) -> None:
-    """Page-lock the RAM arena, so that the device copies from it at full speed and asynchronously."""
+def _pin(buffer: memoryview) -> Callable[[], None]:
+    """Page-lock the RAM arena, so that the device copies from it at full speed and asynchronously.
+
+    Returns what undoes it. That must be called before the memory is given back: the driver would go on
+    reading the old pages for whatever lies at these addresses next.
+    """
     view = torch.frombuffer(buffer, dtype=torch.uint8)
-    result = torch.cuda.cudart().cudaHostRegister(view.data_ptr(), view.numel(), 0)
-    if int(result) != 0:
-        log.warning("the RAM arena could not be page-locked; copies will be slower", code=int(result))
+    runtime = torch.cuda.cudart()
+    status = int(runtime.cudaHostRegister(view.data_ptr(), view.numel(), 0))
+    if status != 0:
+        raise RuntimeError(
+            f"the RAM arena of {view.numel():,} bytes could not be page-locked (CUDA error {status}); "
+            "lower AQUIFER_RAM_BYTES or raise the limit of locked memory (ulimit -l)"
+        )
+    return lambda: runtime.cudaHostUnregister(view.data_ptr())

@@ -70,12 +70,14 @@ class Engine:
         info: EngineInfo,
         limits: EngineLimits,
         metrics: Metrics,
+        on_close: Callable[[], None] | None = None,
     ) -> None:
-        """raw: the codec of sink records. decode_text: the tokenizer's, from ids to text."""
+        """raw: the codec of sink records. decode_text: the tokenizer's, from ids to text. on_close:
+        called when nothing uses the store's memory any more, before it is given back."""
         self.info = info
         self.store = store
         self._codec, self._raw, self._pool = codec, raw, pool
-        self._decode_text, self._limits = decode_text, limits
+        self._decode_text, self._limits, self._on_close = decode_text, limits, on_close
         self._weight_bytes = adapter.weight_bytes()
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._closing = False
@@ -177,6 +179,8 @@ class Engine:
         self._inbox.put(self._shut_down)
         self._thread.join()
         self._obey(wait=False)  # what was asked for in the meantime gets its answer too
+        if self._on_close is not None:
+            self._on_close()
         self.store.close()
 
     def _run(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,25 +90,29 @@ class DecoderAdapter:
         cos, sin = self._body.rotary_emb(like, positions[None])
         return cos[0], sin[0]
 
-    def fingerprint(self) -> str:
-        """Digest of all weights and of the config: what a cached KV depends on. Hex.
-
-        Reads every weight once; a 16 GB model takes seconds.
-        """
-        digest = blake3(max_threads=blake3.AUTO)
-        config = self._model.config.to_dict()
-        for cosmetic in ("_name_or_path", "transformers_version", "dtype", "architectures", "use_cache"):
-            config.pop(cosmetic, None)
-        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-        digest.update(str(self.spec.dtype).encode())
-        for name, weight in sorted(self._model.state_dict().items()):
-            digest.update(f"{name}{tuple(weight.shape)}".encode())
-            digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        return str(digest.hexdigest())
-
     def weight_bytes(self) -> int:
         """Bytes of the weights on the device; tied tensors count once."""
         return sum(p.numel() * p.element_size() for p in self._model.parameters())
+
+
+def checkpoint_fingerprint(model: PreTrainedModel, folder: Path) -> str:
+    """Digest of a checkpoint's weight files and of its config: what a cached KV depends on. Hex.
+
+    The files, not the loaded tensors: predictors made on a GPU in bfloat16 must fit the same checkpoint
+    loaded in float32 (the dtype in use is part of the codec's fingerprint). Raises FileNotFoundError
+    when the folder holds no weights.
+    """
+    config = model.config.to_dict()
+    for cosmetic in ("_name_or_path", "transformers_version", "dtype", "architectures", "use_cache"):
+        config.pop(cosmetic, None)
+    digest = blake3(json.dumps(config, sort_keys=True, default=str).encode(), max_threads=blake3.AUTO)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no *.safetensors")
+    for file in files:
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
+        digest.update_mmap(file)
+    return str(digest.hexdigest())
 
 
 def check_supported(config: object, max_tokens: int) -> None:

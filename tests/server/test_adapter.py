@@ -1,15 +1,28 @@
 """The layer walk computes what the model's own forward computes, and refuses what it could not."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import DEVICE, FAMILIES, LLAMA3_ROPE, SHAPE, tiny_model
 from torch import Tensor
-from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
 
 from aquifer.kernels.attention import attend_ref
-from aquifer.server.models.adapter import DecoderAdapter, UnsupportedModelError, check_supported
+from aquifer.server.models.adapter import (
+    DecoderAdapter,
+    UnsupportedModelError,
+    check_supported,
+    checkpoint_fingerprint,
+)
 
 DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 SHORT_WINDOW: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 1}
@@ -50,18 +63,19 @@ def test_keys_before_rope_rotate_to_the_models_keys(family: str) -> None:
         torch.testing.assert_close(keys.transpose(0, 1), cache.layers[layer].keys[0], rtol=1e-4, atol=1e-4)
 
 
-def test_fingerprint_changes_with_weights_and_with_rope() -> None:
-    plain, again = (DecoderAdapter(tiny_model("llama"), max_tokens=1) for _ in range(2))
+def test_fingerprint_changes_with_weights_and_with_rope_but_not_with_the_dtype_in_use(tmp_path: Path) -> None:
+    def fingerprint(name: str, model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> str:
+        model.save_pretrained(tmp_path / name)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=dtype)
+        return checkpoint_fingerprint(loaded, tmp_path / name)
+
+    plain = tiny_model("llama")
     other = tiny_model("llama")
     with torch.no_grad():
         other.model.layers[1].mlp.down_proj.weight[0, 0] += 1e-3
-    prints = {
-        plain.fingerprint(),
-        DecoderAdapter(other, max_tokens=1).fingerprint(),
-        DecoderAdapter(tiny_model("llama3-rope"), max_tokens=1).fingerprint(),
-    }
-    assert plain.fingerprint() == again.fingerprint()
-    assert len(prints) == 3
+    first = fingerprint("plain", plain)
+    assert first == fingerprint("again", plain) == fingerprint("half", plain, torch.bfloat16)
+    assert len({first, fingerprint("other", other), fingerprint("rope", tiny_model("llama3-rope"))}) == 3
 
 
 @pytest.mark.parametrize(

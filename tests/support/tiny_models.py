@@ -101,7 +101,7 @@ def build(model: PreTrainedModel, codec_name: str = "raw", **options: Any) -> En
     )
     info = EngineInfo(
         model="tiny",
-        model_fingerprint=adapter.fingerprint(),
+        model_fingerprint="tiny",
         codec=codec.name,
         codec_fingerprint=codec.fingerprint,
         codec_note=None,
