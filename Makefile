@@ -32,7 +32,8 @@ serve: $(VENV)/.runtime
 	$(BIN)/aquifer serve
 
 train-reference: $(VENV)/.runtime
-	$(BIN)/aquifer train-reference
+	$(BIN)/aquifer train-reference --out server/models/reference
+	$(BIN)/aquifer calibrate --model reference --out server/models/reference/predictors
 
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (torch is large; once)"

@@ -49,6 +49,11 @@ class PromptKeys:
     sinks: SegmentKey | None
     segments: tuple[SegmentKey, ...]
 
+    @property
+    def records(self) -> tuple[SegmentKey, ...]:
+        """Every key, in the order of the prompt."""
+        return self.segments if self.sinks is None else (self.sinks, *self.segments)
+
 
 def make_namespace(model_fingerprint: str, codec_fingerprint: str, tenant_salt: str) -> bytes:
     """Return 16 bytes that differ whenever any of the three fields differs.

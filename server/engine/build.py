@@ -121,7 +121,10 @@ def load_model(settings: Settings) -> LoadedModel:
         "bfloat16": torch.bfloat16,
         "float16": torch.float16,
     }[settings.dtype]
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(settings.model_path, dtype=dtype)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(settings.model_path, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"AQUIFER_MODEL={settings.model} could not be loaded: {error}") from error
     max_total = int(model.config.max_position_embeddings)
     limit = min(settings.max_prompt_tokens, max_total)
     model.to(device)  # type: ignore[arg-type]  # transformers' stub forgets torch.device
@@ -153,12 +156,9 @@ def choose_codec(settings: Settings, loaded: LoadedModel) -> tuple[Codec, str | 
             name = "aqua:2" if name == "auto" else name
         except (OSError, ValueError) as error:
             if settings.codec != "auto":
-                raise ValueError(
-                    f"codec {settings.codec} needs predictors made for this model: {error}; "
-                    "make them with `aquifer calibrate` or choose AQUIFER_CODEC=higgs:4"
-                ) from error
+                raise ValueError(f"AQUIFER_CODEC={settings.codec}: {error}") from error
             name = "higgs:4"
-            note = f"no matching predictors ({error}): using higgs:4; `aquifer calibrate` makes them"
+            note = f"using higgs:4: {error}"
             log.warning("codec fallback", note=note)
     codec = make_codec(
         name, loaded.adapter.spec, device=device, codec_dtype=codec_dtype, predictors=predictors

@@ -141,14 +141,14 @@ class Engine:
 
     def forget(self, token_ids: Sequence[int], cache_salt: str) -> int:
         """Delete a prompt's segments from every tier and lift its pins. Returns the number of records."""
-        keys = self._keys(token_ids, cache_salt).segments
-        self._call(lambda: self._pool.forget(keys))
-        self.store.unpin(keys)
-        return self.store.delete(keys)
+        keys = self._keys(token_ids, cache_salt)
+        self._call(lambda: self._pool.forget(keys.segments))
+        self.store.unpin(keys.records)
+        return self.store.delete(keys.segments)  # every prompt that begins alike needs the sinks
 
     def unpin(self, token_ids: Sequence[int], cache_salt: str) -> None:
         """Lift one pin of a prompt's segments; they stay until they are evicted."""
-        self.store.unpin(self._keys(token_ids, cache_salt).segments)
+        self.store.unpin(self._keys(token_ids, cache_salt).records)
 
     def flush(self, timeout: float) -> bool:
         """Wait until everything computed so far is in its tiers; False when `timeout` seconds pass."""

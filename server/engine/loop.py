@@ -290,7 +290,7 @@ class StepLoop:
 
     def _stored(self, state: RequestState) -> None:
         if state.request.pin:
-            self._store.pin(state.keys.segments)
+            self._store.pin(state.keys.records)
         self._finish(state, "length")
 
     # Answering
