@@ -90,8 +90,8 @@ held-out phrasings:
 ## Training
 
 {card.train_tokens / 1e6:.0f}M generated tokens in {card.steps} steps, {card.train_seconds / 60:.1f} minutes
-on one GPU, seed {card.seed}. Stages advance by answer loss (`workloads/reference/train.py`); `card.json`
-holds the log. Train again with
+on one GPU, seed {card.seed}, in {card.stages[-1]["progress"]["resumed"]} resumed pieces. Stages advance by
+answer loss (`workloads/reference/train.py`); `card.json` holds the log. Train again with
 
     {card.command}
 
