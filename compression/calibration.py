@@ -179,7 +179,7 @@ def _fit(walk: _Walk, layer: int, half: Half, ridge: float) -> tuple[Tensor, Ten
     """Weight and bias of the prediction of half of a layer."""
     moments: _Moments | None = None
     for state, target in walk.batches(layer, half):
-        x = half.inputs(state).float()
+        x = state.float()
         moments = moments or _Moments(x, target)
         moments.add(x, target)
     assert moments is not None  # a walk has at least one batch

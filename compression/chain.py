@@ -3,11 +3,12 @@
 The state of a token is the row [K^_l, V^_l], both rotated (see kernels/hadamard.py), in the codec dtype.
 Layer l turns it into its own reconstruction in two steps, each a prediction plus a decoded residual:
 
-    K^_l = K^_{l-1} @ Wk + bk              + deq(residual)
-    V^_l = [K^_l, V^_{l-1}] @ Wv + bv      + deq(residual)
+    K^_l = [K^_{l-1}, V^_{l-1}] @ Wk + bk  + deq(residual)
+    V^_l = [K^_l,     V^_{l-1}] @ Wv + bv  + deq(residual)
 
-Because predictions start from reconstructions, which the decoder has too, errors do not build up. GEMMs
-accumulate in float32, and the sum is rounded to the codec dtype once.
+The paper predicts keys from keys alone; the values of the layer before cut their error by a quarter
+(figures in deploy/DECISIONS.md). Because predictions start from reconstructions, which the decoder has
+too, errors do not build up. GEMMs accumulate in float32, and the sum is rounded to the codec dtype once.
 """
 
 from dataclasses import dataclass
@@ -33,10 +34,6 @@ class Half(IntEnum):
         channels = state.shape[1] // 2
         return state[:, self * channels : (self + 1) * channels]
 
-    def inputs(self, state: Tensor) -> Tensor:
-        """What this half is predicted from: the keys alone [T, C], or the whole state [T, 2C]."""
-        return Half.KEYS.of(state) if self is Half.KEYS else state
-
 
 @dataclass(frozen=True)
 class HalfCoder:
@@ -44,7 +41,7 @@ class HalfCoder:
 
     half: Half
     weight: Tensor | None
-    """Codec dtype, [C, C] for keys and [2C, C] for values; without it the prediction is the bias alone."""
+    """Codec dtype, [2C, C]; without it the prediction is the bias alone."""
     bias: Tensor
     """float32 [C]"""
     quantizer: Quantizer
@@ -53,14 +50,13 @@ class HalfCoder:
 
     def predict(self, state: Tensor) -> Tensor:
         """float32 [T, C], from state [T, 2C]."""
-        x = self.half.inputs(state)
         if self.weight is None:
-            return self.bias.expand(len(x), -1)
-        if x.dtype == torch.float32:
-            return torch.addmm(self.bias, x, self.weight)
-        if x.is_cuda:
-            return torch.mm(x, self.weight, out_dtype=torch.float32).add_(self.bias)
-        return torch.addmm(self.bias, x.float(), self.weight.float())
+            return self.bias.expand(len(state), -1)
+        if state.dtype == torch.float32:
+            return torch.addmm(self.bias, state, self.weight)
+        if state.is_cuda:
+            return torch.mm(state, self.weight, out_dtype=torch.float32).add_(self.bias)
+        return torch.addmm(self.bias, state.float(), self.weight.float())
 
     def encode(self, state: Tensor, target: Tensor) -> Codes:
         """Code rotated rows `target`, float32 [T, C], and move this half of the state on, in place."""

@@ -55,8 +55,8 @@ class PredictorCard:
 class Predictors:
     """Means of layer 0 and linear maps of the others, all in the rotated domain.
 
-    Keys of layer l from keys of layer l-1, values of layer l from keys of layer l beside values of
-    layer l-1. A map is y = x @ weight + bias; weights are bfloat16, everything else float32.
+    Keys of layer l from keys beside values of layer l-1, values of layer l from keys of layer l beside
+    values of layer l-1. A map is y = x @ weight + bias; weights are bfloat16, everything else float32.
     """
 
     key_mean: Tensor
@@ -64,7 +64,7 @@ class Predictors:
     value_mean: Tensor
     """[C]"""
     key_weight: Tensor
-    """[L-1, C, C]; entry l-1 belongs to layer l."""
+    """[L-1, 2C, C]; entry l-1 belongs to layer l."""
     key_bias: Tensor
     """[L-1, C]"""
     value_weight: Tensor

@@ -36,7 +36,7 @@ def test_a_planted_map_is_recovered() -> None:
         return rotation.unrotate(rotation.unrotate(weight.float()).T.contiguous()).T
 
     # Noise in the inputs (4 bits: 0.8 % of the energy) shrinks a fit by about as much.
-    torch.testing.assert_close(unrotated(fitted.key_weight[0]), key_map, atol=0.02, rtol=0)
+    torch.testing.assert_close(unrotated(fitted.key_weight[0][:16]), key_map, atol=0.02, rtol=0)
     torch.testing.assert_close(unrotated(fitted.value_weight[0][16:]), from_values, atol=0.03, rtol=0)
     bias = rotation.unrotate(fitted.key_bias)
     torch.testing.assert_close(bias, torch.full((1, 16), 2.0), atol=0.02, rtol=0)
