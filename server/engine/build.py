@@ -203,7 +203,7 @@ def _pin(buffer: memoryview) -> Callable[[], None]:
     runtime = torch.cuda.cudart()
     status = int(runtime.cudaHostRegister(view.data_ptr(), view.numel(), 0))
     if status != 0:
-        raise RuntimeError(
+        raise OSError(
             f"the RAM arena of {view.numel():,} bytes could not be page-locked (CUDA error {status}); "
             "lower AQUIFER_RAM_BYTES or raise the limit of locked memory (ulimit -l)"
         )
