@@ -24,26 +24,14 @@ from aquifer.server.engine.types import FinishedEvent, GenerateRequest, Sampling
 from aquifer.server.metrics import Metrics
 from aquifer.server.settings import Settings
 from aquifer.server.tokenization import Tokenizer
-from aquifer.workloads.needles import make_needles
-from aquifer.workloads.scoring import is_scoreable, score_needles, score_table, score_text2json
-from aquifer.workloads.tables import make_table
-from aquifer.workloads.tasks import CountTokens, Sample, Split, read_samples, token_counter
-from aquifer.workloads.text2json import make_text2json
+from aquifer.workloads.registry import MAKERS, SCORERS
+from aquifer.workloads.scoring import is_scoreable
+from aquifer.workloads.tasks import Sample, read_samples, token_counter
 
 EvalTask = Literal["text2json", "needles", "table", "perplexity"]
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many samples are finished, and of how many."""
 
-_MAKERS: dict[str, Callable[[int, int, CountTokens, Split], Sample]] = {
-    "text2json": make_text2json,
-    "needles": make_needles,
-    "table": make_table,
-}
-_SCORERS: dict[str, Callable[[str, str], float]] = {
-    "text2json": score_text2json,
-    "needles": score_needles,
-    "table": score_table,
-}
 _ANSWER_MARGIN = 1.5
 """Room for an answer, relative to the expected one: a model that does not stop must be seen failing."""
 
@@ -154,7 +142,7 @@ def _samples(plan: EvalPlan, tokenizer: PreTrainedTokenizerBase) -> Iterator[Sam
     if plan.data is not None:
         yield from (sample for sample in read_samples(plan.data) if is_scoreable(sample.answer))
         return
-    make = _MAKERS["text2json" if plan.task == "perplexity" else plan.task]
+    make = MAKERS["text2json" if plan.task == "perplexity" else plan.task]
     count_tokens = token_counter(tokenizer)
     for seed in itertools.count(plan.seed * 100_000):
         yield make(seed, plan.tokens, count_tokens, "heldout")
@@ -217,7 +205,7 @@ def _result(
         scores = [-sum(event.score_logprobs) / len(event.score_logprobs) for event in finished]
         nll = -sum(sum(event.score_logprobs) for event in finished) / sum(len(i.answer_ids) for i in items)
     else:
-        judge = _SCORERS[plan.task]
+        judge = SCORERS[plan.task]
         scores = [judge(event.text, item.answer) for event, item in zip(finished, items, strict=True)]
         score = 100 * sum(scores) / len(scores)
     stored = sum(event.kv.stored_bytes for event in finished)

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from aquifer.workloads.needles import make_needles
 from aquifer.workloads.reference.tokenizer import BOS_ID, EOS_ID, PAD_ID, PieceEncoder
-from aquifer.workloads.tables import make_table
+from aquifer.workloads.registry import MAKERS
 from aquifer.workloads.tasks import CountTokens, Sample, TaskName
-from aquifer.workloads.text2json import make_text2json
 
 TASK_SHARES: dict[TaskName, float] = {"text2json": 0.65, "needles": 0.2, "table": 0.15}
 TASKS: tuple[TaskName, ...] = tuple(TASK_SHARES)
@@ -41,8 +39,7 @@ class Batch(NamedTuple):
 
 def make_sample(task: TaskName, seed: int, target_tokens: int, count_tokens: CountTokens) -> Sample:
     """A training-split sample of any task."""
-    make = {"text2json": make_text2json, "needles": make_needles, "table": make_table}[task]
-    return make(seed, target_tokens, count_tokens, "train")
+    return MAKERS[task](seed, target_tokens, count_tokens, "train")
 
 
 def make_example(rng: random.Random, length: int, encoder: PieceEncoder) -> Example:

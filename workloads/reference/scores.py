@@ -1,17 +1,14 @@
 """Scores of the reference model by free generation on held-out samples."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from aquifer.workloads.needles import make_needles
 from aquifer.workloads.reference.card import Score
 from aquifer.workloads.reference.generate import GreedyGenerator
 from aquifer.workloads.reference.tokenizer import BOS_ID, PieceEncoder
-from aquifer.workloads.scoring import score_needles, score_table, score_text2json
-from aquifer.workloads.tables import make_table
-from aquifer.workloads.tasks import Sample, TaskName
-from aquifer.workloads.text2json import make_text2json
+from aquifer.workloads.registry import MAKERS, SCORERS
+from aquifer.workloads.tasks import TaskName
 
 CASES: tuple[tuple[TaskName, int], ...] = (
     ("text2json", 2048),
@@ -22,16 +19,6 @@ CASES: tuple[tuple[TaskName, int], ...] = (
     ("table", 4096),
     ("table", 8192),
 )
-_MAKERS: dict[TaskName, Callable[..., Sample]] = {
-    "text2json": make_text2json,
-    "needles": make_needles,
-    "table": make_table,
-}
-_SCORERS: dict[TaskName, Callable[[str, str], float]] = {
-    "text2json": score_text2json,
-    "needles": score_needles,
-    "table": score_table,
-}
 
 
 def evaluate(
@@ -44,10 +31,10 @@ def evaluate(
     """Score the first question of `samples` held-out documents (seeds 0, 1, ...) for each case."""
     generator = GreedyGenerator(model)
     for task, length in cases:
-        drawn = [_MAKERS[task](seed, length, encoder.count, "heldout") for seed in range(samples)]
+        drawn = [MAKERS[task](seed, length, encoder.count, "heldout") for seed in range(samples)]
         prompts = [[BOS_ID, *encoder.encode(s.document), *encoder.encode(s.inputs)] for s in drawn]
         # A correct answer's length and a little more: what runs on past it is wrong already.
         longest = max(encoder.count(s.answer) for s in drawn) + 32
         texts = [str(tokenizer.decode(ids)) for ids in generator(prompts, longest)]
-        marks = [_SCORERS[task](text, s.answer) for text, s in zip(texts, drawn, strict=True)]
+        marks = [SCORERS[task](text, s.answer) for text, s in zip(texts, drawn, strict=True)]
         yield Score(task, length, samples, 100 * sum(marks) / samples)
