@@ -18,7 +18,7 @@ import struct
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aquifer.cachestore.keys import SegmentKey
@@ -109,7 +109,10 @@ class RedisTier:
             if count == 1:
                 self._read_share(keys, shares[0], landing)
             else:
-                list(self._readers.map(lambda share: self._read_share(keys, share, landing), shares))
+                # An error of one share is raised when all have ended: none may still land a record then.
+                reading = [self._readers.submit(self._read_share, keys, share, landing) for share in shares]
+                for share_read in wait(reading).done:
+                    share_read.result()
         finally:
             with self._lock:
                 self._counters.read_seconds += time.perf_counter() - started
