@@ -1,4 +1,5 @@
-"""Runs a model over sample texts and fits AQUA-KV's predictors on the KV it makes.
+"""Runs a model over sample texts and fits on the KV it makes: AQUA-KV's predictors, and the key means of
+selective decoding.
 
 Reads a few hundred thousand tokens once. With `offload` the KV rests on disk and the chain states in
 CPU memory, so that the model's weights and one layer's activations are all the device has to hold.
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor
 
 from aquifer.compression.calibration import Corpus, calibrate
+from aquifer.compression.landmarks import KeyMeans
 from aquifer.compression.predictors import LayerFit, Predictors
 from aquifer.compression.sources import HeldSource, SpilledSource
 from aquifer.compression.spec import SEGMENT_TOKENS, SINK_TOKENS
+from aquifer.kernels.rope import apply_rope
 from aquifer.server.engine.build import LoadedModel, load_model
 from aquifer.server.engine.pages import BlockTable, PagePool
 from aquifer.server.engine.runner import ModelRunner
@@ -50,7 +53,7 @@ def calibrate_model(
     on_tokens: Callable[[int], None],
     on_layer: Callable[[LayerFit], None],
 ) -> Predictors:
-    """Fit predictors for settings.model and write them to the folder `out`.
+    """Fit predictors and key means for settings.model and write them to the folder `out`.
 
     on_tokens: called with the number of tokens each sequence added; on_layer: with each layer's figures.
     Raises ValueError if the texts give fewer than HELDOUT_EVERY sequences.
@@ -59,7 +62,8 @@ def calibrate_model(
     device = loaded.adapter.device
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) if plan.offload else None
-        corpus = _read(loaded, texts, plan, folder, on_tokens)
+        means = _RotatedMeans(loaded)
+        corpus = _read(loaded, texts, plan, folder, means, on_tokens)
         predictors = calibrate(
             corpus,
             loaded.adapter.spec,
@@ -71,6 +75,7 @@ def calibrate_model(
             progress=on_layer,
         )
     predictors.save(out)
+    means.result().save(out)
     return predictors
 
 
@@ -79,9 +84,10 @@ def _read(
     texts: Iterable[str],
     plan: CalibrationPlan,
     folder: Path | None,
+    means: _RotatedMeans,
     on_tokens: Callable[[int], None],
 ) -> Corpus:
-    """Keep the KV of the texts: on disk in `folder`, or in memory."""
+    """Keep the KV of the texts: on disk in `folder`, or in memory. Adds the keys to `means`."""
     held: tuple[list[tuple[Tensor, Tensor]], ...] = ([], [])
     spilled = folder and (SpilledSource(folder / "train"), SpilledSource(folder / "heldout"))
     tokens = 0
@@ -91,6 +97,7 @@ def _read(
             spilled[which].append(keys, values)
         else:
             held[which].append((keys.cpu(), values.cpu()))
+        means.add(keys)
         tokens += keys.shape[1]
         on_tokens(keys.shape[1])
         if tokens >= plan.tokens and number >= HELDOUT_EVERY:
@@ -116,3 +123,27 @@ def _sequences(
             continue
         _, kv = runner.prefill(ids, 0, table)
         yield kv.keys[:, SINK_TOKENS:], kv.values[:, SINK_TOKENS:]
+
+
+class _RotatedMeans:
+    """Running means of the keys after RoPE."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._loaded = loaded
+        self._spec = spec = loaded.adapter.spec
+        self._sums = torch.zeros(spec.num_layers, spec.channels, dtype=torch.float64)
+        self._tokens = 0
+
+    def add(self, keys: Tensor) -> None:
+        """keys: [L, T, C] before RoPE, of the tokens after the sinks."""
+        tokens = keys.shape[1]
+        positions = torch.arange(SINK_TOKENS, SINK_TOKENS + tokens, device=keys.device)
+        cos, sin = self._loaded.adapter.rope_table(positions)
+        heads = (tokens, self._spec.num_kv_heads, self._spec.head_dim)
+        for layer, rows in enumerate(keys):
+            rotated = apply_rope(rows.view(heads), cos, sin)
+            self._sums[layer] += rotated.sum(dim=0, dtype=torch.float32).flatten().cpu()
+        self._tokens += tokens
+
+    def result(self) -> KeyMeans:
+        return KeyMeans((self._sums / self._tokens).float(), self._loaded.fingerprint)
