@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from aquifer.server.cli_bench import bench
 from aquifer.server.flags import fail, takes_settings
 from aquifer.server.settings import Settings
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from aquifer.server.engine.engine import Engine
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app.add_typer(bench, name="bench")
 # Answers and JSON go to stdout, everything else to stderr: both can be redirected.
 _stderr = Console(stderr=True)
 

@@ -1,0 +1,208 @@
+"""`aquifer bench restore` and `store`: KV on its way between the device and the tiers.
+
+restore: from a prompt's bytes in RAM, or Redis, to KV that is ready in the device's pages, against
+         reading the prompt and against copying the uncompressed KV
+store:   what storing adds to reading a prompt, against copying the uncompressed KV away
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+from aquifer.benchmarks.engines import (
+    Needs,
+    drop_from_ram,
+    engine_for,
+    flush,
+    random_prompt,
+    redis_at,
+    timed_read,
+)
+from aquifer.benchmarks.geometries import Subject
+from aquifer.benchmarks.harness import Contestant, LeftOutError, Report, Run, clocked
+from aquifer.benchmarks.peers import hf_prefill, load_hf, raw_copy, why_not
+from aquifer.compression.aqua import AquaCodec
+from aquifer.compression.codec import Codec
+from aquifer.compression.spec import SEGMENT_TOKENS
+from aquifer.server.engine.engine import Engine
+
+ENCODE_SEGMENTS = 8
+DECODE_SEGMENTS = 32
+"""Segments that go through the codec in one pass, as in the engine."""
+
+
+def bench_restore(
+    subject: Subject, codec: str, tokens: int, repeat: int, peers: Sequence[str], redis_url: str | None
+) -> Report:
+    """From the prompt's bytes in a tier to its KV in pages, on the wall.
+
+    tokens: whole segments, so that all of the prompt can be restored. Raises ValueError otherwise.
+    """
+    check_whole(tokens)
+    report = new_report("restore", subject, codec=codec, tokens=tokens, repeat=repeat)
+    device, coder, prompt = subject.device, subject.codec(codec), random_prompt(subject, tokens)
+    stored = _encode(coder, *_random_kv(subject, tokens))
+    with ExitStack() as stack:
+        url = None
+        try:
+            url = stack.enter_context(redis_at(redis_url))
+        except LeftOutError as error:
+            report.left_out["from Redis"] = str(error)
+        engine = stack.enter_context(engine_for(subject, Needs(codec, tokens, redis_url=url)))
+        timed_read(engine, prompt, store=True)
+        flush(engine)
+        ours = [Contestant("from RAM", "ours", lambda: _restore(engine, prompt, "ram"))]
+        if url:
+            ours.append(Contestant("from Redis", "ours", lambda: _restore(engine, prompt, "redis")))
+        codec_alone = clocked(device, lambda: _decode(coder, stored, device))
+        prefill = _prefill(subject, engine, tokens, store=False)
+        ours += [Contestant("decoding alone", "ours", codec_alone), Contestant("prefill", "ours", prefill)]
+        limits = [Contestant("copy of the stored bytes", "limit", _copy_in(stored, device))]
+        if isinstance(coder, AquaCodec):
+            limits.append(Contestant("predictor GEMMs", "limit", _predictions(coder, tokens, device)))
+        others = _peers(report, subject, tokens, peers, to_device=True)
+        rows = report.measure([*ours, *others, *limits], repeat)
+        stored_bytes = engine.stored_usage(tokens).stored_bytes
+        engine.forget(prompt, "")
+    for row in rows.values():
+        row.figures["tokens_per_second"] = tokens / row.figures["seconds"]
+    for name in rows.keys() & {"from RAM", "from Redis"}:
+        rows[name].figures["stored_bytes"] = stored_bytes
+    report.compare()
+    return report
+
+
+def bench_store(subject: Subject, codec: str, tokens: int, repeat: int, peers: Sequence[str]) -> Report:
+    """What it costs that a prompt is stored while it is read, until the last record is in RAM.
+
+    Raises ValueError unless the tokens are whole segments.
+    """
+    check_whole(tokens)
+    report = new_report("store", subject, codec=codec, tokens=tokens, repeat=repeat)
+    coder = subject.codec(codec)
+    keys, values = _random_kv(subject, tokens)
+    with engine_for(subject, Needs(codec, tokens)) as engine:
+        encoding = clocked(subject.device, lambda: _encode(coder, keys, values))
+        ours = [
+            Contestant("prefill and store", "ours", _prefill(subject, engine, tokens, store=True)),
+            Contestant("prefill", "ours", _prefill(subject, engine, tokens, store=False)),
+            Contestant("encoding alone", "ours", encoding),
+        ]
+        rows = report.measure([*ours, *_peers(report, subject, tokens, peers, to_device=False)], repeat)
+    prefill_seconds = rows["prefill"].figures["seconds"]
+    for row in rows.values():
+        row.figures["tokens_per_second"] = tokens / row.figures["seconds"]
+        row.figures["of_prefill_percent"] = 100 * row.figures["seconds"] / prefill_seconds
+    report.compare()
+    return report
+
+
+def new_report(benchmark: str, subject: Subject, **setup: str | int | float | None) -> Report:
+    """An empty report that says what is measured on what."""
+    model: dict[str, str | int | float | None] = {
+        "geometry": subject.geometry,
+        "layers": subject.spec.num_layers,
+        "device": str(subject.device),
+        "dtype": str(subject.dtype).removeprefix("torch."),
+    }
+    return Report(benchmark, {**model, **setup}, notes=subject.notes)
+
+
+def check_whole(tokens: int) -> None:
+    """Raise ValueError unless a prompt is whole segments: only those are stored."""
+    if tokens < SEGMENT_TOKENS or tokens % SEGMENT_TOKENS:
+        raise ValueError(
+            f"tokens must be a multiple of {SEGMENT_TOKENS}, the size of a segment, not {tokens}"
+        )
+
+
+def _restore(engine: Engine, prompt: Sequence[int], tier: str) -> float:
+    if tier == "redis":
+        drop_from_ram(engine, prompt)
+    seconds, event = timed_read(engine, prompt, store=True)
+    if getattr(event.cached, tier) != len(prompt):
+        raise RuntimeError(f"{len(prompt)} tokens should have come from {tier}, but it was {event.cached}")
+    return seconds
+
+
+def _prefill(subject: Subject, engine: Engine, tokens: int, *, store: bool) -> Run:
+    def run() -> float:
+        prompt = random_prompt(subject, tokens)
+        seconds, _ = timed_read(engine, prompt, store=store)
+        if store:
+            flush(engine)
+            engine.forget(prompt, "")
+        return seconds
+
+    return run
+
+
+def _peers(
+    report: Report, subject: Subject, tokens: int, names: Sequence[str], *, to_device: bool
+) -> list[Contestant]:
+    """Those of the named peers that do this work: a prefill instead of a restore, and a plain copy."""
+    contestants = []
+    for name in names:
+        reason = why_not(name, subject.device)
+        if reason:
+            report.left_out[name] = reason
+        elif name == "raw-copy":
+            run = raw_copy(subject, tokens, to_device=to_device)
+            contestants.append(Contestant("raw-copy", "peer", run))
+        elif name == "hf-dynamic":
+            run = hf_prefill(subject, load_hf(subject), tokens)
+            contestants.append(Contestant("hf-dynamic prefill", "peer", run))
+        else:
+            report.left_out[name] = "is a way to decode; see `aquifer bench decode`"
+    return contestants
+
+
+def _random_kv(subject: Subject, tokens: int) -> tuple[Tensor, Tensor]:
+    spec = subject.spec
+    shape = (spec.num_layers, tokens, spec.channels)
+    keys, values = (torch.randn(shape, dtype=spec.dtype, device=subject.device) for _ in range(2))
+    return keys, values
+
+
+def _encode(codec: Codec, keys: Tensor, values: Tensor) -> list[Tensor]:
+    step = ENCODE_SEGMENTS * SEGMENT_TOKENS
+    segments = []
+    for some_keys, some_values in zip(keys.split(step, dim=1), values.split(step, dim=1), strict=True):
+        counts = [SEGMENT_TOKENS] * (some_keys.shape[1] // SEGMENT_TOKENS)
+        segments += codec.encode(some_keys, some_values, counts)
+    return segments
+
+
+def _decode(codec: Codec, segments: Sequence[Tensor], device: torch.device) -> None:
+    """Reconstruct all layers of segments that are on the device, and let go of them."""
+    sizes = [codec.layer_bytes(layer, SEGMENT_TOKENS) for layer in range(codec.spec.num_layers)]
+    for start in range(0, len(segments), DECODE_SEGMENTS):
+        group = [segment.split(sizes) for segment in segments[start : start + DECODE_SEGMENTS]]
+        decoder = codec.decoder([SEGMENT_TOKENS] * len(group), device)
+        for slices in zip(*group, strict=True):
+            decoder.decode_layer(slices)
+
+
+def _copy_in(segments: Sequence[Tensor], device: torch.device) -> Run:
+    """One copy of all the segments' bytes from host memory: the least that a restore has to move."""
+    source = torch.cat(list(segments)).cpu()
+    source = source.pin_memory() if device.type == "cuda" else source
+    target = torch.empty_like(source, device=device, pin_memory=False)
+    return clocked(device, lambda: target.copy_(source, non_blocking=True))
+
+
+def _predictions(codec: AquaCodec, tokens: int, device: torch.device) -> Run:
+    """The codec's GEMMs alone: the least that a restore has to compute."""
+    weights = [half.weight for layer in codec.coders for half in layer if half.weight is not None]
+    state = torch.randn(tokens, 2 * codec.spec.channels, device=device).to(codec.codec_dtype)
+    out = torch.empty(tokens, codec.spec.channels, device=device, dtype=codec.codec_dtype)
+
+    def work() -> None:
+        for weight in weights:
+            torch.mm(state, weight, out=out)
+
+    return clocked(device, work)
