@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from aquifer.server.cli_bench import bench
+from aquifer.server.cli_eval import eval_app
+from aquifer.server.console import progress_bar, stderr
 from aquifer.server.flags import fail, takes_settings
 from aquifer.server.settings import Settings
 
@@ -28,8 +29,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 app.add_typer(bench, name="bench")
-# Answers and JSON go to stdout, everything else to stderr: both can be redirected.
-_stderr = Console(stderr=True)
+app.add_typer(eval_app, name="eval")
 
 
 def main() -> None:
@@ -154,7 +154,7 @@ def calibrate(
     description = f"generated records, seed {seed}" if texts is None else texts.name
     plan = CalibrationPlan(description, bits, tokens, sequence_tokens, seed, offload)
     fits: list[LayerFit] = []
-    with _progress("reading") as bar:
+    with progress_bar("reading") as bar:
         task = bar.add_task("reading", total=float(tokens))
         try:
             calibrate_model(
@@ -171,55 +171,6 @@ def calibrate(
     for fit in fits:
         figures = (fit.key_error, fit.value_error, fit.key_explained, fit.value_explained)
         table.add_row(str(fit.layer), *(f"{figure:.4f}" for figure in figures))
-    Console().print(table)
-
-
-@app.command("eval")
-@takes_settings
-def evaluate(
-    settings: Settings,
-    task: Annotated[str, typer.Argument(help="text2json, needles, table or perplexity")],
-    kv: Annotated[str, typer.Option(help="full, raw, higgs:B or aqua:B")] = "full",
-    tokens: Annotated[int, typer.Option(min=256, help="of a generated prompt")] = 4096,
-    samples: Annotated[int, typer.Option(min=1)] = 50,
-    seed: int = 1,
-    data: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(exists=True, dir_okay=False, help="JSON Lines with `problem` and `answer`"),
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="prompts on the device together")] = 16,
-    chat: Annotated[bool, typer.Option(help="wrap prompts in the model's chat template")] = False,
-    json_file: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--json", help="write the result, sample by sample"),
-    ] = None,
-) -> None:
-    """Measure the quality of answers made from restored KV."""
-    from typing import cast, get_args
-
-    from aquifer.server.logs import configure_logging
-    from aquifer.workloads import evaluation
-
-    configure_logging("error")
-    if task not in get_args(evaluation.EvalTask):
-        fail(f"no task {task!r}; there are {', '.join(get_args(evaluation.EvalTask))}")
-    plan = evaluation.EvalPlan(cast(evaluation.EvalTask, task), kv, tokens, samples, seed, data, batch, chat)
-    with _progress("{task.description}") as bar:
-        shown = bar.add_task("loading", total=None)
-
-        def show(what: str, done: int, total: int) -> None:
-            bar.update(shown, description=what, completed=done, total=total)
-
-        try:
-            result = evaluation.evaluate(plan, settings, show)
-        except (ValueError, OSError) as error:
-            fail(str(error))
-    if json_file is not None:
-        evaluation.write_json(result, json_file)
-    table = Table("figure", "value", box=None, show_header=False)
-    for name, value in asdict(result).items():
-        if value is not None and name != "sample_scores":
-            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
     Console().print(table)
 
 
@@ -323,7 +274,7 @@ def _answer_here(settings: Settings, document: str, question: str) -> _Pieces:
 
 def _show(pieces: _Pieces) -> None:
     """Progress on stderr until the answer begins, the answer on stdout, a line of figures on stderr."""
-    with _progress("reading", transient=True) as bar:
+    with progress_bar("reading", transient=True) as bar:
         task = bar.add_task("reading", total=1.0)
         for piece in pieces:
             if isinstance(piece, float):
@@ -335,17 +286,11 @@ def _show(pieces: _Pieces) -> None:
                     sys.stdout.flush()
                 else:
                     typer.echo()
-                    _stderr.print(
+                    stderr.print(
                         f"{piece.prompt_tokens:,} prompt tokens, {piece.cached_tokens:,} of them cached; "
                         f"first token after {piece.ttft_seconds:.2f} s, {piece.generated_tokens} tokens",
                         style="dim",
                     )
-
-
-def _progress(label: str, *, transient: bool = False) -> Progress:
-    columns = (TextColumn(label), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    # Redirected, a bar is only noise.
-    return Progress(*columns, console=_stderr, transient=transient, disable=not _stderr.is_terminal)
 
 
 def _generated_texts(settings: Settings, seed: int) -> Iterator[str]:
@@ -371,7 +316,7 @@ def _engine(settings: Settings, metrics: Any) -> Iterator[Engine]:
     from aquifer.server.engine.build import build_engine
 
     try:
-        with _stderr.status(f"loading {settings.model}"):
+        with stderr.status(f"loading {settings.model}"):
             engine = build_engine(settings, metrics)
     except (ValueError, OSError) as error:
         fail(str(error))

@@ -73,7 +73,7 @@ class EvalResult:
 
 
 @dataclass(frozen=True)
-class _Item:
+class Item:
     """One question: prompt tokens, the expected answer, and that answer's tokens with the end."""
 
     prompt: tuple[int, ...]
@@ -87,8 +87,8 @@ def evaluate(plan: EvalPlan, settings: Settings, progress: Progress) -> EvalResu
     Raises ValueError for an unknown codec, a model that cannot be served, or data without usable answers.
     """
     tokenizer = load_tokenizer(settings)
-    items = _items(plan, tokenizer, settings)
-    longest = max(len(item.prompt) + _room(item) for item in items)
+    items = load_items(plan, tokenizer, settings)
+    longest = max(len(item.prompt) + answer_room(item) for item in items)
     settings = settings.model_copy(
         update={
             "codec": "raw" if plan.kv == "full" else plan.kv,
@@ -107,12 +107,13 @@ def evaluate(plan: EvalPlan, settings: Settings, progress: Progress) -> EvalResu
     return _result(plan, settings, engine, items, finished)
 
 
-def _items(plan: EvalPlan, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[_Item]:
+def load_items(plan: EvalPlan, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[Item]:
+    """The questions of a plan, tokenized. Raises ValueError if there are none."""
     samples = itertools.islice(_samples(plan, tokenizer), plan.samples)
     prompts = Tokenizer(tokenizer, max(settings.max_prompt_tokens, plan.tokens))
     eos = (tokenizer.eos_token_id,)
 
-    async def tokenized() -> list[_Item]:
+    async def tokenized() -> list[Item]:
         items = []
         for sample in samples:
             if plan.chat:
@@ -126,7 +127,7 @@ def _items(plan: EvalPlan, tokenizer: PreTrainedTokenizerBase, settings: Setting
             else:
                 ids = await prompts.prompt(sample.inputs, sample.document)
             answer_ids = tokenizer.encode(sample.answer, add_special_tokens=False)
-            items.append(_Item(ids, sample.answer, (*answer_ids, *eos)))
+            items.append(Item(ids, sample.answer, (*answer_ids, *eos)))
         return items
 
     try:
@@ -148,12 +149,13 @@ def _samples(plan: EvalPlan, tokenizer: PreTrainedTokenizerBase) -> Iterator[Sam
         yield make(seed, plan.tokens, count_tokens, "heldout")
 
 
-def _room(item: _Item) -> int:
+def answer_room(item: Item) -> int:
+    """Tokens a model may generate before it is cut off."""
     return int(len(item.answer_ids) * _ANSWER_MARGIN) + 32
 
 
 def _answer(
-    engine: Engine, plan: EvalPlan, items: Sequence[_Item], progress: Progress
+    engine: Engine, plan: EvalPlan, items: Sequence[Item], progress: Progress
 ) -> Iterator[FinishedEvent]:
     """Store each batch, then ask about it; events in the order of the items."""
     for start in range(0, len(items), plan.batch):
@@ -165,7 +167,7 @@ def _answer(
                 raise RuntimeError("the store did not take the batch within ten minutes")
         progress("answering", start, len(items))
         asked = [
-            _request(f"ask-{n}", item, room=_room(item), score=plan.task == "perplexity")
+            _request(f"ask-{n}", item, room=answer_room(item), score=plan.task == "perplexity")
             for n, item in enumerate(batch, start)
         ]
         finished = engine.generate(asked)
@@ -183,7 +185,7 @@ def _answer(
     progress("done", len(items), len(items))
 
 
-def _request(name: str, item: _Item, *, room: int, score: bool = False) -> GenerateRequest:
+def _request(name: str, item: Item, *, room: int, score: bool = False) -> GenerateRequest:
     return GenerateRequest(
         request_id=name,
         token_ids=item.prompt,
@@ -197,7 +199,7 @@ def _result(
     plan: EvalPlan,
     settings: Settings,
     engine: Engine,
-    items: Sequence[_Item],
+    items: Sequence[Item],
     finished: Sequence[FinishedEvent],
 ) -> EvalResult:
     score = nll = None
