@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import socket
 import subprocess
@@ -10,19 +11,22 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from time import perf_counter
 
 import redis
 import torch
+from torch import Tensor
 
 from aquifer.benchmarks.geometries import Subject
 from aquifer.benchmarks.harness import LeftOutError
-from aquifer.cachestore.keys import chain_keys, make_namespace
-from aquifer.compression.spec import SEGMENT_TOKENS
+from aquifer.cachestore.keys import PromptKeys, SegmentKey, chain_keys, make_namespace
+from aquifer.compression.codec import Codec
+from aquifer.compression.spec import SEGMENT_TOKENS, SINK_TOKENS
+from aquifer.compression.wire import RecordHeader, seal
 from aquifer.server.engine.build import build_engine
 from aquifer.server.engine.engine import Engine
+from aquifer.server.engine.records import segment_span
 from aquifer.server.engine.types import FinishedEvent, GenerateRequest, KVMode, SamplingParams
 from aquifer.server.metrics import Metrics
 from aquifer.server.settings import MIB, load_settings
@@ -32,7 +36,10 @@ FLUSH_SECONDS = 600.0
 _FIRST_ID = 3
 """Below it lie the bundled model's special tokens."""
 
-_request_numbers = count()
+_DISTINCT_SEGMENTS = 8
+"""Planted segments repeat after so many: neighbours differ, and they are quickly made."""
+
+_request_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -107,11 +114,54 @@ def flush(engine: Engine) -> None:
         raise TimeoutError(f"the tiers did not take what was computed within {FLUSH_SECONDS:.0f} s")
 
 
+def keys_of(engine: Engine, token_ids: Sequence[int]) -> PromptKeys:
+    """The names under which an engine stores a prompt."""
+    info = engine.info
+    return chain_keys(make_namespace(info.model_fingerprint, info.codec_fingerprint, ""), token_ids)
+
+
 def drop_from_ram(engine: Engine, token_ids: Sequence[int]) -> None:
     """Leave a prompt's records in Redis only, as a restart does."""
-    info = engine.info
-    namespace = make_namespace(info.model_fingerprint, info.codec_fingerprint, "")
-    engine.store.ram.delete(chain_keys(namespace, token_ids).records)
+    engine.store.ram.delete(keys_of(engine, token_ids).records)
+
+
+def plant(engine: Engine, subject: Subject, codec: Codec, token_ids: Sequence[int]) -> None:
+    """Put random KV into the RAM tier under the keys of a prompt, as if it had been read and stored.
+
+    Steps over such a context read as many bytes as over any other, and no prefill is needed: 24 contexts
+    of 128k tokens stand in seconds. Raises MemoryError when the tier has no room.
+    """
+    raw = subject.codec("raw")
+    keys = keys_of(engine, token_ids)
+    bodies = [_random_body(subject, codec, SEGMENT_TOKENS) for _ in range(_DISTINCT_SEGMENTS)]
+    for index, key in enumerate(keys.segments):
+        start, count = segment_span(index)
+        own = index % _DISTINCT_SEGMENTS
+        body = bodies[own] if count == SEGMENT_TOKENS else _random_body(subject, codec, count)
+        _put(engine, key, RecordHeader("segment", codec.fingerprint, key.digest, start, count), body)
+    if keys.sinks is not None:
+        header = RecordHeader("sinks", raw.fingerprint, keys.sinks.digest, 0, SINK_TOKENS)
+        _put(engine, keys.sinks, header, _random_body(subject, raw, SINK_TOKENS))
+
+
+def _put(engine: Engine, key: SegmentKey, header: RecordHeader, body: memoryview) -> None:
+    if not engine.store.put(key, seal(header, body)):
+        raise MemoryError("the RAM tier has no room for another context")
+
+
+def _random_body(subject: Subject, codec: Codec, count: int) -> memoryview:
+    """The bytes of `count` tokens of random KV."""
+    keys, values = random_kv(subject, count)
+    (body,) = codec.encode(keys, values, [count])
+    return body.cpu().numpy().data
+
+
+def random_kv(subject: Subject, tokens: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [L, T, C] of normally distributed numbers."""
+    spec = subject.spec
+    shape = (spec.num_layers, tokens, spec.channels)
+    keys, values = (torch.randn(shape, dtype=spec.dtype, device=subject.device) for _ in range(2))
+    return keys, values
 
 
 @contextmanager

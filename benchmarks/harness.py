@@ -95,10 +95,9 @@ class Report:
 
     def compare(self) -> None:
         """Give every row the ratio of its seconds to those of our first row: `times` as long as ours."""
-        ours = next(row for row in self.rows if row.role == "ours")
-        for row in self.rows:
-            if "seconds" in row.figures:
-                row.figures["times"] = row.figures["seconds"] / ours.figures["seconds"]
+        ours = [row.figures["seconds"] for row in self.rows if row.role == "ours"]
+        for row in self.rows if ours else []:
+            row.figures["times"] = row.figures["seconds"] / ours[0]
 
     def as_json(self) -> str:
         return json.dumps(asdict(self) | environment(), ensure_ascii=False)

@@ -11,7 +11,7 @@ A cache is filled with random keys and values instead of a prefill: a step costs
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
 
 from aquifer.benchmarks.geometries import Subject
-from aquifer.benchmarks.harness import LeftOutError, Run, clocked, clocked_fresh
+from aquifer.benchmarks.harness import Contestant, Report, Run, clocked, clocked_fresh
 
 PeerName = Literal["hf-dynamic", "hf-offloaded", "hf-quanto", "hf-static-graph", "raw-copy"]
 PEERS: tuple[PeerName, ...] = get_args(PeerName)
@@ -29,6 +29,28 @@ PREFILL_CHUNK_TOKENS = 16_384
 """As many as fit: one pass is the fastest that transformers does on short prompts."""
 
 QUANTO_BITS = 4
+
+
+def taking_part(
+    report: Report, subject: Subject, names: Sequence[str], makers: Mapping[str, Callable[[], Run]]
+) -> list[Contestant]:
+    """Those of the named peers that do this work and can run here; the report says why not of the others.
+
+    makers: by peer, what prepares it to run.
+    """
+    contestants = []
+    for name in names:
+        reason = why_not(name, subject.device)
+        if reason is None and name not in makers:
+            reason = f"does not do this; {', '.join(makers)} do" if makers else "does not do this"
+        if reason is None:
+            try:
+                contestants.append(Contestant(name, "peer", makers[name]()))
+            except RuntimeError as error:  # out of memory, or a step that cannot be captured
+                reason = str(error).partition("\n")[0]
+        if reason is not None:
+            report.left_out[name] = reason
+    return contestants
 
 
 def load_hf(subject: Subject) -> PreTrainedModel:
@@ -56,13 +78,7 @@ def hf_prefill(subject: Subject, model: PreTrainedModel, tokens: int) -> Run:
 
 
 def hf_decode(peer: PeerName, subject: Subject, model: PreTrainedModel, tokens: int, steps: int) -> Run:
-    """Seconds of one decode step behind `tokens` tokens of context, the mean of `steps`.
-
-    Raises LeftOutError where the peer cannot run.
-    """
-    reason = why_not(peer, subject.device)
-    if reason:
-        raise LeftOutError(reason)
+    """Seconds of one decode step behind `tokens` tokens of context, the mean of `steps`."""
     # One cache for all runs: it grows by a few steps each time, little against the context.
     runs_room = 64 * steps
     cache: Any

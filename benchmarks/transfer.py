@@ -7,7 +7,7 @@ store:   what storing adds to reading a prompt, against copying the uncompressed
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -18,13 +18,14 @@ from aquifer.benchmarks.engines import (
     drop_from_ram,
     engine_for,
     flush,
+    random_kv,
     random_prompt,
     redis_at,
     timed_read,
 )
 from aquifer.benchmarks.geometries import Subject
 from aquifer.benchmarks.harness import Contestant, LeftOutError, Report, Run, clocked
-from aquifer.benchmarks.peers import hf_prefill, load_hf, raw_copy, why_not
+from aquifer.benchmarks.peers import hf_prefill, load_hf, raw_copy, taking_part
 from aquifer.compression.aqua import AquaCodec
 from aquifer.compression.codec import Codec
 from aquifer.compression.spec import SEGMENT_TOKENS
@@ -45,7 +46,7 @@ def bench_restore(
     check_whole(tokens)
     report = new_report("restore", subject, codec=codec, tokens=tokens, repeat=repeat)
     device, coder, prompt = subject.device, subject.codec(codec), random_prompt(subject, tokens)
-    stored = _encode(coder, *_random_kv(subject, tokens))
+    stored = _encode(coder, *random_kv(subject, tokens))
     with ExitStack() as stack:
         url = None
         try:
@@ -53,7 +54,7 @@ def bench_restore(
         except LeftOutError as error:
             report.left_out["from Redis"] = str(error)
         engine = stack.enter_context(engine_for(subject, Needs(codec, tokens, redis_url=url)))
-        timed_read(engine, prompt, store=True)
+        _, stored_event = timed_read(engine, prompt, store=True)
         flush(engine)
         ours = [Contestant("from RAM", "ours", lambda: _restore(engine, prompt, "ram"))]
         if url:
@@ -64,14 +65,17 @@ def bench_restore(
         limits = [Contestant("copy of the stored bytes", "limit", _copy_in(stored, device))]
         if isinstance(coder, AquaCodec):
             limits.append(Contestant("predictor GEMMs", "limit", _predictions(coder, tokens, device)))
-        others = _peers(report, subject, tokens, peers, to_device=True)
+        makers: dict[str, Callable[[], Run]] = {
+            "hf-dynamic": lambda: hf_prefill(subject, load_hf(subject), tokens),
+            "raw-copy": lambda: raw_copy(subject, tokens, to_device=True),
+        }
+        others = taking_part(report, subject, peers, makers)
         rows = report.measure([*ours, *others, *limits], repeat)
-        stored_bytes = engine.stored_usage(tokens).stored_bytes
         engine.forget(prompt, "")
     for row in rows.values():
         row.figures["tokens_per_second"] = tokens / row.figures["seconds"]
     for name in rows.keys() & {"from RAM", "from Redis"}:
-        rows[name].figures["stored_bytes"] = stored_bytes
+        rows[name].figures["stored_bytes"] = stored_event.kv.stored_bytes
     report.compare()
     return report
 
@@ -84,7 +88,7 @@ def bench_store(subject: Subject, codec: str, tokens: int, repeat: int, peers: S
     check_whole(tokens)
     report = new_report("store", subject, codec=codec, tokens=tokens, repeat=repeat)
     coder = subject.codec(codec)
-    keys, values = _random_kv(subject, tokens)
+    keys, values = random_kv(subject, tokens)
     with engine_for(subject, Needs(codec, tokens)) as engine:
         encoding = clocked(subject.device, lambda: _encode(coder, keys, values))
         ours = [
@@ -92,7 +96,8 @@ def bench_store(subject: Subject, codec: str, tokens: int, repeat: int, peers: S
             Contestant("prefill", "ours", _prefill(subject, engine, tokens, store=False)),
             Contestant("encoding alone", "ours", encoding),
         ]
-        rows = report.measure([*ours, *_peers(report, subject, tokens, peers, to_device=False)], repeat)
+        makers = {"raw-copy": lambda: raw_copy(subject, tokens, to_device=False)}
+        rows = report.measure([*ours, *taking_part(report, subject, peers, makers)], repeat)
     prefill_seconds = rows["prefill"].figures["seconds"]
     for row in rows.values():
         row.figures["tokens_per_second"] = tokens / row.figures["seconds"]
@@ -139,33 +144,6 @@ def _prefill(subject: Subject, engine: Engine, tokens: int, *, store: bool) -> R
         return seconds
 
     return run
-
-
-def _peers(
-    report: Report, subject: Subject, tokens: int, names: Sequence[str], *, to_device: bool
-) -> list[Contestant]:
-    """Those of the named peers that do this work: a prefill instead of a restore, and a plain copy."""
-    contestants = []
-    for name in names:
-        reason = why_not(name, subject.device)
-        if reason:
-            report.left_out[name] = reason
-        elif name == "raw-copy":
-            run = raw_copy(subject, tokens, to_device=to_device)
-            contestants.append(Contestant("raw-copy", "peer", run))
-        elif name == "hf-dynamic":
-            run = hf_prefill(subject, load_hf(subject), tokens)
-            contestants.append(Contestant("hf-dynamic prefill", "peer", run))
-        else:
-            report.left_out[name] = "is a way to decode; see `aquifer bench decode`"
-    return contestants
-
-
-def _random_kv(subject: Subject, tokens: int) -> tuple[Tensor, Tensor]:
-    spec = subject.spec
-    shape = (spec.num_layers, tokens, spec.channels)
-    keys, values = (torch.randn(shape, dtype=spec.dtype, device=subject.device) for _ in range(2))
-    return keys, values
 
 
 def _encode(codec: Codec, keys: Tensor, values: Tensor) -> list[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional, cast, get_args
 
 import typer
 
@@ -13,6 +13,7 @@ from aquifer.server.flags import fail
 if TYPE_CHECKING:
     from aquifer.benchmarks.geometries import Subject
     from aquifer.benchmarks.harness import Report
+    from aquifer.server.engine.types import KVMode
 
 bench = typer.Typer(no_args_is_help=True, help="Measure speed, side by side with peers.")
 
@@ -38,6 +39,14 @@ Peers = Annotated[
 ]
 JsonFile = Annotated[
     Optional[Path], typer.Option("--json", dir_okay=False, help="append the last line to this file too")
+]
+NewTokens = Annotated[int, typer.Option(min=2, help="steps of each run")]
+Modes = Annotated[
+    list[str],
+    typer.Option("--mode", help="resident, streamed, selective or verified; may be repeated"),
+]
+DeviceBytes = Annotated[
+    Optional[int], typer.Option(min=1, help="device memory for KV; default: as much as the contexts need")
 ]
 RedisUrl = Annotated[
     Optional[str], typer.Option(envvar="REDIS_URL", help="default: a redis-server of its own, if installed")
@@ -81,6 +90,90 @@ def store(
 
     subject = _subject(geometry, layers, device, weights)
     _run(lambda: bench_store(subject, codec, tokens, repeat, peer), json_file)
+
+
+@bench.command()
+def prefill(
+    geometry: Geometry = "reference",
+    layers: Layers = None,
+    tokens: Tokens = 8192,
+    repeat: Repeat = 3,
+    device: Device = "auto",
+    peer: Peers = ["hf-dynamic"],  # noqa: B006
+    weights: Weights = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Reading a prompt for the first time."""
+    from aquifer.benchmarks.generation import bench_prefill
+
+    subject = _subject(geometry, layers, device, weights)
+    _run(lambda: bench_prefill(subject, tokens, repeat, peer), json_file)
+
+
+@bench.command()
+def decode(
+    geometry: Geometry = "reference",
+    layers: Layers = None,
+    codec: Codec = "aqua:2",
+    tokens: Tokens = 8192,
+    batch: Annotated[int, typer.Option(min=1, help="sequences that decode together (peers: one)")] = 1,
+    new_tokens: NewTokens = 32,
+    mode: Modes = ["resident"],  # noqa: B006
+    gpu_kv_bytes: DeviceBytes = None,
+    repeat: Repeat = 5,
+    device: Device = "auto",
+    peer: Peers = ["hf-dynamic"],  # noqa: B006
+    weights: Weights = None,
+    json_file: JsonFile = None,
+) -> None:
+    """One step behind a long context, by mode."""
+    from aquifer.benchmarks.engines import Needs
+    from aquifer.benchmarks.generation import bench_decode
+
+    subject = _subject(geometry, layers, device, weights)
+    needs = Needs(codec, tokens, batch, new_tokens, on_device=True, device_bytes=gpu_kv_bytes)
+    _run(lambda: bench_decode(subject, needs, repeat, _modes(mode), peer), json_file)
+
+
+@bench.command()
+def throughput(
+    geometry: Geometry = "reference",
+    layers: Layers = None,
+    codec: Codec = "aqua:2",
+    tokens: Tokens = 8192,
+    contexts: Annotated[
+        str, typer.Option(help="numbers of contexts, ascending, with commas between")
+    ] = "1,2,4,8",
+    new_tokens: NewTokens = 32,
+    mode: Modes = ["resident"],  # noqa: B006
+    gpu_kv_bytes: DeviceBytes = None,
+    repeat: Repeat = 3,
+    device: Device = "auto",
+    weights: Weights = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Tokens per second against the number of contexts answered at once, until memory is full."""
+    from aquifer.benchmarks.engines import Needs
+    from aquifer.benchmarks.generation import bench_throughput
+
+    try:
+        counts = sorted({int(count) for count in contexts.split(",")})
+    except ValueError:
+        fail(f"--contexts takes numbers with commas between, not {contexts!r}")
+    if counts[0] < 1:
+        fail("--contexts begins with at least 1")
+    subject = _subject(geometry, layers, device, weights)
+    needs = Needs(codec, tokens, counts[-1], new_tokens, on_device=True, device_bytes=gpu_kv_bytes)
+    _run(lambda: bench_throughput(subject, needs, repeat, _modes(mode), counts), json_file)
+
+
+def _modes(names: list[str]) -> list[KVMode]:
+    from aquifer.server.engine.types import KVMode
+
+    for name in names:
+        if name not in get_args(KVMode):
+            fail(f"no mode {name!r}; there are {', '.join(get_args(KVMode))}")
+    return cast("list[KVMode]", names)
 
 
 def _subject(geometry: str, layers: int | None, device: str, weights: Path | None) -> Subject:
