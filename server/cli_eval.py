@@ -40,6 +40,11 @@ eval_app = typer.Typer(
 Tasks = Annotated[str, typer.Option(help="text2json, needles, table: any of them, with commas")]
 Tokens = Annotated[int, typer.Option(min=512, help="of a generated prompt")]
 Samples = Annotated[int, typer.Option(min=1, help="per task")]
+Data = Annotated[
+    Optional[Path],
+    typer.Option(exists=True, dir_okay=False, help="JSON Lines with `problem` and `answer`"),
+]
+Chat = Annotated[bool, typer.Option(help="wrap prompts in the model's chat template")]
 JsonFile = Annotated[
     Optional[Path],
     typer.Option("--json", dir_okay=False, help="records, sample by sample; what it holds is not run again"),
@@ -55,12 +60,9 @@ def evaluate(
     tokens: Annotated[int, typer.Option(min=256, help="of a generated prompt")] = 4096,
     samples: Annotated[int, typer.Option(min=1)] = 50,
     seed: int = 1,
-    data: Annotated[
-        Optional[Path],
-        typer.Option(exists=True, dir_okay=False, help="JSON Lines with `problem` and `answer`"),
-    ] = None,
+    data: Data = None,
     batch: Annotated[int, typer.Option(min=1, help="prompts on the device together")] = 16,
-    chat: Annotated[bool, typer.Option(help="wrap prompts in the model's chat template")] = False,
+    chat: Chat = False,
     json_file: Annotated[
         Optional[Path],
         typer.Option("--json", help="write the result, sample by sample"),
@@ -110,6 +112,8 @@ def compare(
     tokens: Tokens = 8192,
     samples: Samples = 8,
     seed: int = 1,
+    data: Data = None,
+    chat: Chat = False,
     json_file: JsonFile = None,
     plot: Annotated[Optional[Path], typer.Option(dir_okay=False, help="picture to draw, PNG or SVG")] = None,
 ) -> None:
@@ -118,7 +122,7 @@ def compare(
     from aquifer.workloads.plots import plot_comparison
 
     try:
-        plan = ComparePlan(_tasks(tasks), methods_of(methods), tokens, samples, seed)
+        plan = ComparePlan(_tasks(tasks), methods_of(methods), tokens, samples, seed, data, chat)
     except ValueError as error:
         fail(str(error))
     summaries = summarize(_records(plan, settings, json_file))
@@ -139,6 +143,8 @@ def explain(
     tokens: Tokens = 8192,
     samples: Samples = 8,
     seed: int = 1,
+    data: Data = None,
+    chat: Chat = False,
     json_file: JsonFile = None,
 ) -> None:
     """Find what breaks a method: swap its rows for exact ones, its ranking for the true one, and both."""
@@ -146,7 +152,8 @@ def explain(
 
     try:
         swaps = swaps_of(method)
-        plan = ComparePlan(_tasks(tasks), (*methods_of("full"), *swaps), tokens, samples, seed)
+        every = (*methods_of("full"), *swaps)
+        plan = ComparePlan(_tasks(tasks), every, tokens, samples, seed, data, chat)
     except ValueError as error:
         fail(str(error))
     _print_repairs(summarize(_records(plan, settings, json_file)), swaps)

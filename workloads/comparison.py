@@ -27,13 +27,29 @@ from aquifer.workloads.tasks import TaskName
 
 @dataclass(frozen=True)
 class ComparePlan:
-    """What to compare. tokens: prompt length of the generated samples; samples: per task."""
+    """What to compare. samples: per task. tokens: prompt length of generated samples.
+
+    data: a JSON Lines file with `problem` and `answer` instead of generated samples; takes a single task.
+    chat: wrap prompts in the model's chat template.
+    """
 
     tasks: tuple[TaskName, ...]
     methods: tuple[Method, ...]
     tokens: int = 8192
     samples: int = 8
     seed: int = 1
+    data: Path | None = None
+    chat: bool = False
+
+    def __post_init__(self) -> None:
+        if self.data is not None and len(self.tasks) != 1:
+            raise ValueError("a file of samples is of one task: name it with --tasks")
+
+    def describe(self) -> dict[str, Any]:
+        """What all records of one file have in common."""
+        if self.data is not None:
+            return {"data": self.data.name, "chat": self.chat}
+        return {"tokens": self.tokens, "seed": self.seed, "chat": self.chat}
 
 
 @dataclass(frozen=True)
@@ -107,12 +123,12 @@ def compare(
     Raises ValueError for a model that cannot be served, a method that does not fit it, or another run's file.
     """
     loaded = load_model(settings)
-    identity = {"model": loaded.fingerprint, "tokens": plan.tokens, "seed": plan.seed}
+    identity = {"model": loaded.fingerprint, **plan.describe()}
     records = _read(json_file, identity)
     means = _key_means(settings, loaded)
     labels = [method.label for method in plan.methods]
     for task in plan.tasks:
-        source = EvalPlan(task, "full", plan.tokens, plan.samples, plan.seed)
+        source = EvalPlan(task, "full", plan.tokens, plan.samples, plan.seed, data=plan.data, chat=plan.chat)
         for number, item in enumerate(load_items(source, loaded.tokenizer, settings)):
             progress(task, number, plan.samples)
             done = {record.method for record in records if (record.task, record.sample) == (task, number)}

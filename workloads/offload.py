@@ -81,7 +81,7 @@ def prefill(
     """Read a prompt densely. Returns its KV cache and the logits [vocab] after its last token."""
     spec, device = adapter.spec, adapter.device
     shape = (spec.num_layers, spec.num_kv_heads, len(token_ids), spec.head_dim)
-    raw_keys, keys, values = (torch.empty(shape, dtype=spec.dtype, device=device) for _ in range(3))
+    raw_keys, keys, values = (torch.empty(shape, device=device) for _ in range(3))
     ids = torch.tensor(token_ids, device=device)
     positions = torch.arange(len(token_ids), device=device)
     hidden = torch.empty(0)
@@ -93,14 +93,15 @@ def prefill(
         ) -> Tensor:
             for cache, new in ((raw_keys, k_raw), (keys, k), (values, v)):
                 cache[layer, :, start:end] = new.transpose(0, 1)
-            q = q.transpose(0, 1)
+            dtype, q = q.dtype, q.float().transpose(0, 1)
             parts = [attend(q, keys[layer, :, start:end], values[layer, :, start:end], causal=True)]
             if start:
                 parts.append(attend(q, keys[layer, :, :start], values[layer, :, :start]))
-            return merge_attention(parts).transpose(0, 1)
+            return merge_attention(parts).transpose(0, 1).to(dtype)
 
         hidden = adapter.forward(ids[start:end], positions[start:end], attend_chunk)
-    prompt = Prompt(spec, raw_keys, keys, values, adapter.rope_table(positions), key_means)
+    cos, sin = adapter.rope_table(positions)
+    prompt = Prompt(spec, raw_keys, keys, values, (cos.float(), sin.float()), key_means)
     return prompt, adapter.logits(hidden[-1:])[0]
 
 
@@ -165,7 +166,7 @@ class _Branch:
         # Exact tokens of the prompt, then the generated ones: one piece of attention.
         shape = (spec.num_layers, spec.num_kv_heads, self.exact_count + room, spec.head_dim)
         index = exact.unsqueeze(3).expand(-1, -1, -1, spec.head_dim)
-        self.keys, self.values = torch.empty(2, *shape, dtype=spec.dtype, device=prompt.keys.device)
+        self.keys, self.values = torch.empty(2, *shape, device=prompt.keys.device)
         self.keys[:, :, : self.exact_count] = prompt.keys.gather(2, index)
         self.values[:, :, : self.exact_count] = prompt.values.gather(2, index)
         self._recalls: list[list[Tensor]] = [[] for _ in range(spec.num_layers)]
@@ -205,6 +206,7 @@ class _Step:
 
     def attend(self, layer: int, q: Tensor, k_raw: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As `adapter.forward` calls it, one row per running branch."""
+        dtype, q = q.dtype, q.float()
         chosen = self._choose(layer, q)
         out = torch.empty_like(q)
         for number, branch in enumerate(self._running):
@@ -216,7 +218,7 @@ class _Step:
                 assert branch.rows is not None
                 parts.append(attend(query, *branch.rows.fetch(layer, tokens)))
             out[number] = merge_attention(parts).squeeze(1)
-        return out
+        return out.to(dtype)
 
     def _choose(self, layer: int, q: Tensor) -> dict[int, Tensor]:
         """int64 [S, count] tokens by number of the branch; branches without a ranker have none."""

@@ -112,7 +112,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, checkpoint: str) -> None
 
 
 @pytest.mark.parametrize(
-    "content", ['{"model": "other", "tokens": 1024, "seed": 1, "records": []}', "x", "[]"]
+    "content", ['{"model": "other", "tokens": 1024, "seed": 1, "chat": false, "records": []}', "x", "[]"]
 )
 def test_a_file_of_something_else_is_left_alone(tmp_path: Path, checkpoint: str, content: str) -> None:
     file = tmp_path / "out.json"
@@ -121,6 +121,20 @@ def test_a_file_of_something_else_is_left_alone(tmp_path: Path, checkpoint: str,
     with pytest.raises(ValueError, match=r"out\.json"):
         compare(plan, Settings(model=checkpoint, device="cpu"), file, silent)
     assert file.read_text() == content
+
+
+def test_samples_come_from_a_file_in_the_published_format(tmp_path: Path, checkpoint: str) -> None:
+    line = {"problem": "The shipment of 240 crates left. " * 20, "answer": '[{"name": "crates"}]'}
+    (tmp_path / "set.jsonl").write_text(json.dumps(line) + "\n")
+    plan = ComparePlan(("text2json",), methods_of("full,window:0.5"), data=tmp_path / "set.jsonl")
+    records = compare(plan, Settings(model=checkpoint, device="cpu"), None, silent)
+    assert [(r.method, r.sample) for r in records] == [("full", 0), ("window:0.5", 0)]
+    assert 100 < records[0].prompt_tokens < 600
+
+
+def test_a_file_is_of_one_task(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="name it with --tasks"):
+        ComparePlan(("text2json", "table"), methods_of("full"), data=tmp_path / "set.jsonl")
 
 
 def test_a_prompt_beyond_the_model_is_refused(checkpoint: str) -> None:

@@ -205,6 +205,24 @@ def test_tokens_are_chosen_as_the_kernel_chooses_them(llama: Case, shared: bool)
     assert torch.equal(chosen, select_tokens(scores, 2, 50, shared=shared))
 
 
+def test_without_its_ends_a_prompt_is_ranked_by_the_rest_alone(llama: Case) -> None:
+    queries = random_queries(llama.prompt, 2)
+    scores = Landmarks(True, ends=False).read(llama.prompt).score(1, queries)
+    assert scores[..., :4].isneginf().all() and scores[..., -64:].isneginf().all()
+    everywhere = Landmarks(True).read(llama.prompt).score(1, queries)
+    assert torch.equal(scores[..., 4:-64], everywhere[..., 4:-64])
+
+
+def test_a_model_in_half_precision_is_simulated_in_single(llama: Case) -> None:
+    adapter = DecoderAdapter(tiny_model("llama").bfloat16(), max_tokens=4096)
+    prompt, logits = prefill(adapter, prompt_ids(300), torch.zeros(3, 32))
+    assert {t.dtype for t in (prompt.keys, prompt.raw_keys, prompt.values, *prompt.rope)} == {torch.float32}
+    methods = [Method.of(spec, parse_method(spec)) for spec in ("full", "landmarks:0.4", "quest:0.7")]
+    full, *others = decode(adapter, prompt, logits, methods, room=4, eos_token_ids=EOS)
+    assert full.costs.device_bytes == 3 * 32 * 2 * 2
+    assert all(other.tokens[0] == full.tokens[0] for other in others)
+
+
 def test_a_token_kept_exact_is_never_chosen() -> None:
     shares = torch.arange(24.0).expand(2, 24)
     barred = torch.zeros(1, 6, dtype=torch.bool)

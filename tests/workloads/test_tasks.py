@@ -29,7 +29,7 @@ def test_splits_differ(make: Maker) -> None:
 
 
 @pytest.mark.parametrize("make", MAKERS)
-@pytest.mark.parametrize("target", [2000, 5000, 16384])
+@pytest.mark.parametrize("target", [2000, 5000, 65536])
 def test_the_prompt_fills_the_length_asked_for(make: Maker, target: int) -> None:
     for seed in range(10):
         sample = make(seed, target, lambda text: -(-len(text) // 2))

@@ -31,7 +31,7 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Prompt:
-    """The KV cache of one prompt of T tokens after a dense prefill."""
+    """The KV cache of one prompt of T tokens, read densely; float32, whatever the model computes in."""
 
     spec: KVSpec
     raw_keys: Tensor
@@ -147,9 +147,15 @@ class KeyScorer:
     """[L, H, U, D], any strides"""
     unit: int
     device_bytes: float
+    hidden: tuple[int, int] = (0, 0)
+    """So many first and last units have no key here: their scores are -inf"""
 
     def score(self, layer: int, queries: Tensor) -> Tensor:
-        return products(queries, self.keys[layer])
+        scores = products(queries, self.keys[layer])
+        first, last = self.hidden
+        scores[..., :first] = -torch.inf
+        scores[..., scores.shape[2] - last :] = -torch.inf
+        return scores
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from aquifer.compression.landmarks import EncodedTokens, TokenCodec
-from aquifer.workloads.selectors.base import KeyScorer, Prompt, Rows
+from aquifer.compression.spec import SINK_TOKENS
+from aquifer.workloads.selectors.base import WINDOW_TOKENS, KeyScorer, Prompt, Rows
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,13 @@ class Landmarks:
 
     mean: bool = True
     """Subtract the calibrated channel means before rounding"""
+    ends: bool = True
+    """Sinks and window have landmarks, too, though they are never chosen: they count in the softmax"""
 
     def read(self, prompt: Prompt) -> KeyScorer:
         codec = token_codec(prompt, self.mean)
-        return KeyScorer(landmark_keys(prompt, self.mean), 1, codec.landmark_bytes)
+        hidden = (0, 0) if self.ends else (SINK_TOKENS, WINDOW_TOKENS)
+        return KeyScorer(landmark_keys(prompt, self.mean), 1, codec.landmark_bytes, hidden)
 
 
 @dataclass(frozen=True)

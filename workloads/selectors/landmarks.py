@@ -33,6 +33,8 @@ class TokenLandmarks:
     """Keys of 4 bits; or landmark + residual of 2 bits; or nothing quantized (values neither)"""
     mean: bool = True
     """Subtract the calibrated channel means before rounding"""
+    softmax: Literal["all", "rest"] = "all"
+    """Heads are compared by the share of attention among all tokens, or without sinks and window"""
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
@@ -42,7 +44,7 @@ class TokenLandmarks:
         return self.heads == "shared"
 
     def ranker(self) -> Landmarks:
-        return Landmarks(self.mean)
+        return Landmarks(self.mean, ends=self.softmax == "all")
 
     def store(self) -> RowStore:
         if self.rows == "exact":
