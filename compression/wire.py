@@ -110,7 +110,12 @@ def open_record(record: Buffer, *, kind: RecordKind, codec: str, chain: bytes, n
     for name, value in asked.items():
         if header[name] != value:
             raise ForeignRecordError(f"asked for a record with {name} {value!r}, found {header[name]!r}")
-    return view[HEADER_BYTES:-CHECKSUM_BYTES]
+    return body_of(view)
+
+
+def body_of(record: memoryview) -> memoryview:
+    """The body of a record that is known to be the right one."""
+    return record[HEADER_BYTES:-CHECKSUM_BYTES]
 
 
 def _parse(view: memoryview) -> dict[str, Any]:

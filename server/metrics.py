@@ -72,6 +72,18 @@ class Metrics:
         self.kv_stored_bytes = self._counter("kv_stored_bytes", "Bytes they were compressed to.")
         self.codec_tokens = self._counter("codec_tokens", "Tokens encoded or decoded.", "op")
         self.codec_seconds = self._counter("codec_seconds", "Seconds spent encoding or decoding.", "op")
+        self.selected_tokens = self._counter(
+            "selected_tokens", "Rows (a token of one layer and KV head) that selective attention chose."
+        )
+        self.selected_hits = self._counter(
+            "selected_hits", "Chosen rows that were on the device already, fetched by a step before."
+        )
+        self.fetched_bytes = self._counter(
+            "fetched_bytes", "Bytes that decoding fetched from host memory.", "mode"
+        )
+        self.draft_tokens = self._counter(
+            "draft_tokens", "Drafted tokens, by what the check over the whole cache said.", "result"
+        )
 
         # A series that appears only with its first event hides that event from rate().
         for source in ("computed", "gpu", "ram", "redis"):
@@ -79,6 +91,10 @@ class Metrics:
         for op in ("encode", "decode"):
             self.codec_tokens.labels(op=op)
             self.codec_seconds.labels(op=op)
+        for mode in ("streamed", "selective"):
+            self.fetched_bytes.labels(mode=mode)
+        for result in ("accepted", "rejected"):
+            self.draft_tokens.labels(result=result)
 
     def observe(self, engine: Engine) -> None:
         """From now on, scrapes read this engine's load and its tiers. Call it once per engine."""

@@ -63,6 +63,30 @@ class Settings(BaseSettings):
     )
     gpu_cache: bool = Field(True, description="keep pages of finished requests on the device until needed")
 
+    when_full: Literal["wait", "refuse"] = Field(
+        "wait",
+        description="wait: a request for which there is no device memory right now queues; refuse: 429",
+    )
+
+    # decoding off the device
+    streamed_gpu_bytes: int | None = Field(
+        None,
+        ge=0,
+        description="device bytes that one streamed or verified request fills with segments; "
+        "default: half of what is free when it starts",
+    )
+    selective_ram_bytes: int = Field(
+        4 * GIB,
+        ge=0,
+        description="host memory for the rows that selective and verified requests fetch; 0: neither mode",
+    )
+    selective_budget: float = Field(
+        0.05, gt=0, le=1, description="share of the prompt that selective attention reads"
+    )
+    selective_sets: Literal["head", "layer"] = Field(
+        "head", description="head: each KV head selects its own tokens; layer: all of a layer share them"
+    )
+
     # RAM and Redis tiers
     ram_bytes: int = Field(4 * GIB, ge=MIB, description="size of the RAM arena")
     redis_url: str | None = Field(

@@ -17,13 +17,16 @@ from aquifer.cachestore.redis_link import RedisLink
 from aquifer.cachestore.redis_tier import RedisTier
 from aquifer.cachestore.store import TieredStore
 from aquifer.compression.codec import Codec, make_codec
+from aquifer.compression.landmarks import KeyMeans, KeyMeansError, TokenCodec
 from aquifer.compression.predictors import Predictors
 from aquifer.compression.raw import RawCodec
 from aquifer.compression.spec import SEGMENT_TOKENS
 from aquifer.compression.wire import verify
-from aquifer.server.engine.engine import Engine, EngineLimits
+from aquifer.server.engine.engine import Engine
 from aquifer.server.engine.gate import LoadGate
+from aquifer.server.engine.index import IndexPool, index_pages
 from aquifer.server.engine.pages import PagePool
+from aquifer.server.engine.parts import EngineLimits, EngineParts
 from aquifer.server.engine.records import slot_bytes
 from aquifer.server.engine.types import EngineInfo
 from aquifer.server.metrics import Metrics
@@ -35,6 +38,9 @@ log = structlog.get_logger(__name__)
 _CPU_KV_BYTES = 2 * GIB
 _CUDA_FREE_SHARE = 0.85
 """Of the memory free after loading: the rest is for activations, logits and the codec's staging."""
+
+_INDEX_SHARE = 0.25
+"""Of the device's KV bytes, at most, for landmarks. They describe fifteen times their size in KV."""
 
 
 @dataclass(frozen=True)
@@ -67,46 +73,51 @@ def build_engine(settings: Settings, metrics: Metrics) -> Engine:
             ttl_seconds=settings.redis_ttl_seconds,
             connections=settings.redis_connections,
         )
-    pool = PagePool(
-        adapter.spec, _device_kv_bytes(settings, adapter.device), adapter.device, keep=settings.gpu_cache
-    )
+    token_codec, means_note = _token_codec(settings, loaded)
+    kv_bytes = _device_kv_bytes(settings, adapter.device)
+    num_index_pages = index_pages(token_codec, settings.selective_ram_bytes, int(kv_bytes * _INDEX_SHARE))
+    index = IndexPool(token_codec, num_index_pages, adapter.device, keep=settings.gpu_cache)
+    pool = PagePool(adapter.spec, kv_bytes - index.capacity_bytes, adapter.device, keep=settings.gpu_cache)
     info = EngineInfo(
         model=settings.served_model_name or settings.model,
         model_fingerprint=loaded.fingerprint,
         codec=codec.name,
         codec_fingerprint=codec.fingerprint,
-        codec_note=note,
+        codec_note="; ".join(filter(None, (note, means_note))) or None,
         device=str(adapter.device),
         dtype=str(adapter.spec.dtype).removeprefix("torch."),
         max_prompt_tokens=min(settings.max_prompt_tokens, loaded.max_total_tokens - 1),
         max_total_tokens=loaded.max_total_tokens,
         segment_tokens=SEGMENT_TOKENS,
-        device_kv_bytes=pool.num_pages * pool.page_bytes,
+        device_kv_bytes=pool.num_pages * pool.page_bytes + index.capacity_bytes,
         vocab_size=adapter.vocab_size,
         eos_token_ids=loaded.eos_token_ids,
     )
-    limits = EngineLimits(
-        max_running=settings.max_running_requests,
-        max_waiting=settings.max_waiting_requests,
-        chunk_tokens=settings.prefill_chunk_tokens,
-    )
-
-    def decode_text(ids: Sequence[int]) -> str:
-        return str(loaded.tokenizer.decode(list(ids), skip_special_tokens=True))
-
-    return Engine(
+    parts = EngineParts(
         adapter=adapter,
         codec=codec,
         raw=raw,
         store=TieredStore(arena, redis, verify, write_behind_bytes=settings.redis_queue_bytes),
         pool=pool,
+        index=index,
         gate=LoadGate(always=settings.load_gate == "always"),
-        decode_text=decode_text,
-        info=info,
-        limits=limits,
         metrics=metrics,
-        on_close=unpin,
+        limits=EngineLimits(
+            max_running=settings.max_running_requests,
+            max_waiting=settings.max_waiting_requests,
+            chunk_tokens=settings.prefill_chunk_tokens,
+            refuse_when_full=settings.when_full == "refuse",
+            streamed_bytes=settings.streamed_gpu_bytes,
+            selective_budget=settings.selective_budget,
+            shared_selection=settings.selective_sets == "layer",
+        ),
+        eos_token_ids=frozenset(loaded.eos_token_ids),
     )
+
+    def decode_text(ids: Sequence[int]) -> str:
+        return str(loaded.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    return Engine(parts, info, decode_text, on_close=unpin)
 
 
 def load_model(settings: Settings) -> LoadedModel:
@@ -150,9 +161,8 @@ def choose_codec(settings: Settings, loaded: LoadedModel) -> tuple[Codec, str | 
     name, note = settings.codec, None
     predictors = None
     if name == "auto" or name.startswith("aqua"):
-        folder = settings.predictors or Path(settings.model_path) / "predictors"
         try:
-            predictors = Predictors.load(folder, loaded.fingerprint)
+            predictors = Predictors.load(_predictors_folder(settings), loaded.fingerprint)
             name = "aqua:2" if name == "auto" else name
         except (OSError, ValueError) as error:
             if settings.codec != "auto":
@@ -164,6 +174,20 @@ def choose_codec(settings: Settings, loaded: LoadedModel) -> tuple[Codec, str | 
         name, loaded.adapter.spec, device=device, codec_dtype=codec_dtype, predictors=predictors
     )
     return codec, note
+
+
+def _token_codec(settings: Settings, loaded: LoadedModel) -> tuple[TokenCodec, str | None]:
+    """How tokens are kept for selective decoding, and a note if that is without calibrated means."""
+    adapter = loaded.adapter
+    try:
+        means = KeyMeans.load(_predictors_folder(settings), loaded.fingerprint).means
+    except (OSError, KeyMeansError) as error:
+        return TokenCodec(adapter.spec, None, adapter.device), f"selective decoding without means: {error}"
+    return TokenCodec(adapter.spec, means, adapter.device), None
+
+
+def _predictors_folder(settings: Settings) -> Path:
+    return settings.predictors or Path(settings.model_path) / "predictors"
 
 
 def _device(settings: Settings) -> torch.device:

@@ -24,7 +24,7 @@ from aquifer.compression.spec import SEGMENT_TOKENS, SINK_TOKENS
 from aquifer.kernels.rope import apply_rope
 from aquifer.server.engine.build import LoadedModel, load_model
 from aquifer.server.engine.pages import BlockTable, PagePool
-from aquifer.server.engine.runner import ModelRunner
+from aquifer.server.engine.runner import ModelRunner, PagedCache
 from aquifer.server.settings import Settings
 
 HELDOUT_EVERY = 10
@@ -115,13 +115,13 @@ def _sequences(
     page_bytes = adapter.spec.bytes_per_token * SEGMENT_TOKENS
     pool = PagePool(adapter.spec, num_pages * page_bytes, adapter.device, keep=False)
     runner = ModelRunner(adapter, pool)
-    table = BlockTable(range(num_pages))
+    cache = PagedCache(pool, BlockTable(range(num_pages)))
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     for text in texts:
         ids = (bos + tokenizer.encode(text, add_special_tokens=False))[: plan.sequence_tokens]
         if len(ids) <= SINK_TOKENS:
             continue
-        _, kv = runner.prefill(ids, 0, table)
+        _, kv = runner.prefill(ids, 0, cache)
         yield kv.keys[:, SINK_TOKENS:], kv.values[:, SINK_TOKENS:]
 
 

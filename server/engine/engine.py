@@ -11,17 +11,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 import structlog
 
 from aquifer.cachestore.keys import PromptKeys, chain_keys, make_namespace
-from aquifer.cachestore.store import TieredStore
-from aquifer.compression.codec import Codec
-from aquifer.server.engine.gate import LoadGate
-from aquifer.server.engine.loop import StepLoop, pages_of
-from aquifer.server.engine.pages import PagePool
+from aquifer.server.engine.admission import Admission
+from aquifer.server.engine.loop import StepLoop
+from aquifer.server.engine.parts import EngineParts
 from aquifer.server.engine.records import prompt_usage
 from aquifer.server.engine.state import RequestState
 from aquifer.server.engine.types import (
@@ -34,8 +31,6 @@ from aquifer.server.engine.types import (
     KVUsage,
     Sink,
 )
-from aquifer.server.metrics import Metrics
-from aquifer.server.models.adapter import DecoderAdapter
 
 log = structlog.get_logger(__name__)
 
@@ -44,56 +39,26 @@ class EngineError(RuntimeError):
     """A request that `Engine.generate` waited for failed; the message is the failure's."""
 
 
-@dataclass(frozen=True)
-class EngineLimits:
-    """max_running: requests admitted at once. max_waiting: beyond it, new ones are refused.
-    chunk_tokens: prompt tokens computed in one turn of the loop."""
-
-    max_running: int
-    max_waiting: int
-    chunk_tokens: int
-
-
 class Engine:
     """Serves requests on one model. Every method may be called from any thread."""
 
     def __init__(
         self,
-        *,
-        adapter: DecoderAdapter,
-        codec: Codec,
-        raw: Codec,
-        store: TieredStore,
-        pool: PagePool,
-        gate: LoadGate,
-        decode_text: Callable[[Sequence[int]], str],
+        parts: EngineParts,
         info: EngineInfo,
-        limits: EngineLimits,
-        metrics: Metrics,
+        decode_text: Callable[[Sequence[int]], str],
         on_close: Callable[[], None] | None = None,
     ) -> None:
-        """raw: the codec of sink records. decode_text: the tokenizer's, from ids to text. on_close:
-        called when nothing uses the store's memory any more, before it is given back."""
+        """decode_text: the tokenizer's, from ids to text. on_close: called when nothing uses the store's
+        memory any more, before it is given back."""
         self.info = info
-        self.store = store
-        self._codec, self._raw, self._pool = codec, raw, pool
-        self._decode_text, self._limits, self._on_close = decode_text, limits, on_close
-        self._weight_bytes = adapter.weight_bytes()
+        self.store = parts.store
+        self._parts, self._decode_text, self._on_close = parts, decode_text, on_close
+        self._weight_bytes = parts.adapter.weight_bytes()
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._closing = False
-        self._loop = StepLoop(
-            adapter=adapter,
-            codec=codec,
-            raw=raw,
-            store=store,
-            pool=pool,
-            gate=gate,
-            eos_token_ids=frozenset(info.eos_token_ids),
-            max_running=limits.max_running,
-            chunk_tokens=limits.chunk_tokens,
-            metrics=metrics,
-            post=self._inbox.put,
-        )
+        self._admission = Admission(parts)
+        self._loop = StepLoop(parts, self._admission, self._inbox.put)
         self._thread = threading.Thread(target=self._run, name="aquifer-engine", daemon=True)
         self._thread.start()
 
@@ -102,9 +67,9 @@ class Engine:
 
         request_id must differ from those of all running requests. A sink that raises ends its request.
         """
-        refusal = self._refusal(request)
-        if refusal is not None:
-            sink(refusal)
+        plan = self._refusal(request) or self._admission.plan(request)
+        if isinstance(plan, FailedEvent):
+            sink(plan)
             return
         keys = self._keys(request.token_ids, request.cache_salt)
 
@@ -115,7 +80,7 @@ class Engine:
                 log.warning("nobody takes the answer", request_id=request.request_id, exc_info=error)
                 self.cancel(request.request_id)
 
-        state = RequestState(request, guarded, keys, self._decode_text)
+        state = RequestState(request, plan, guarded, keys, self._decode_text)
         self._inbox.put(lambda: self._enqueue(state))
 
     def cancel(self, request_id: str) -> None:
@@ -142,7 +107,12 @@ class Engine:
     def forget(self, token_ids: Sequence[int], cache_salt: str) -> int:
         """Delete a prompt's segments from every tier and lift its pins. Returns the number of records."""
         keys = self._keys(token_ids, cache_salt)
-        self._call(lambda: self._pool.forget(keys.segments))
+
+        def forget_on_device() -> None:
+            self._parts.pool.forget(keys.segments)
+            self._parts.index.forget(keys.segments)
+
+        self._call(forget_on_device)
         self.store.unpin(keys.records)
         return self.store.delete(keys.segments)  # every prompt that begins alike needs the sinks
 
@@ -162,11 +132,16 @@ class Engine:
 
     def stored_usage(self, num_tokens: int) -> KVUsage:
         """What a prompt of so many tokens takes in the tiers."""
-        return prompt_usage(self._codec, self._raw, num_tokens)
+        return prompt_usage(self._parts.codec, self._parts.raw, num_tokens, "resident")
 
     def load(self) -> EngineLoad:
         """A snapshot of what is going on."""
-        by_use = {"weights": self._weight_bytes, "resident": self._pool.used_bytes}
+        by_use = {
+            "weights": self._weight_bytes,
+            "resident": self._parts.pool.used_bytes,
+            "landmarks": self._parts.index.used_bytes,
+            "staging": self._loop.staging_bytes,
+        }
         return EngineLoad(
             running=self._loop.num_running,
             waiting=self._loop.num_waiting,
@@ -222,14 +197,7 @@ class Engine:
                 f"prompt of {prompt:,} and answer of up to {asked:,} tokens exceed the "
                 f"{self.info.max_total_tokens:,} tokens this model takes; ask for fewer with max_new_tokens",
             )
-        if pages_of(prompt + asked) > self._pool.num_pages:
-            need = pages_of(prompt + asked) * self._pool.page_bytes
-            return FailedEvent(
-                "too_long",
-                f"the KV of {prompt + asked:,} tokens takes {need:,} bytes on the device; this server has "
-                f"{self.info.device_kv_bytes:,} (AQUIFER_GPU_KV_BYTES)",
-            )
-        if self._loop.num_waiting + self._inbox.qsize() > self._limits.max_waiting:
+        if self._loop.num_waiting + self._inbox.qsize() > self._parts.limits.max_waiting:
             return FailedEvent(
                 "overloaded",
                 f"{self._loop.num_waiting:,} requests are waiting already; try again later "

@@ -19,19 +19,20 @@ import torch
 from torch import Tensor
 
 from aquifer.cachestore.keys import SegmentKey
-from aquifer.cachestore.store import TieredStore
-from aquifer.compression.codec import Codec
 from aquifer.compression.spec import SEGMENT_TOKENS
-from aquifer.server.engine.gate import LoadGate
-from aquifer.server.engine.pages import BlockTable, PagePool
+from aquifer.server.engine.admission import Admission
+from aquifer.server.engine.decoding import OneByOne, Verified
+from aquifer.server.engine.fetch import Fetched, Fetcher, StoredSegment
+from aquifer.server.engine.parts import EngineParts
 from aquifer.server.engine.records import prompt_usage
-from aquifer.server.engine.restore import GROUP_SEGMENTS, Fetched, Fetcher, Restorer
-from aquifer.server.engine.runner import LayerKV, ModelRunner
+from aquifer.server.engine.restore import GROUP_SEGMENTS, Restorer
+from aquifer.server.engine.runner import LayerKV, ModelRunner, PagedCache
+from aquifer.server.engine.sampling import Choice
+from aquifer.server.engine.selective import SelectiveCache, build_index, fill_sinks
 from aquifer.server.engine.state import Phase, RequestState
+from aquifer.server.engine.streams import SegmentReader
 from aquifer.server.engine.types import FailedEvent, FinishReason
 from aquifer.server.engine.writer import SegmentWriter, split_segments
-from aquifer.server.metrics import Metrics
-from aquifer.server.models.adapter import DecoderAdapter
 
 log = structlog.get_logger(__name__)
 
@@ -49,29 +50,16 @@ class StepLoop:
     """All running requests of one model."""
 
     def __init__(
-        self,
-        *,
-        adapter: DecoderAdapter,
-        codec: Codec,
-        raw: Codec,
-        store: TieredStore,
-        pool: PagePool,
-        gate: LoadGate,
-        eos_token_ids: frozenset[int],
-        max_running: int,
-        chunk_tokens: int,
-        metrics: Metrics,
-        post: Callable[[Callable[[], None]], None],
+        self, parts: EngineParts, admission: Admission, post: Callable[[Callable[[], None]], None]
     ) -> None:
-        """raw: the codec of sink records. max_running: requests admitted at once. chunk_tokens: prompt
-        tokens computed in one turn. post: runs an action on the loop's thread, from any thread."""
-        self._adapter, self._codec, self._raw, self._store, self._pool = adapter, codec, raw, store, pool
-        self._gate, self._metrics, self._post = gate, metrics, post
-        self._eos, self._max_running, self._chunk_tokens = eos_token_ids, max_running, chunk_tokens
-        self._runner = ModelRunner(adapter, pool)
-        self._fetcher = Fetcher(codec, raw, store, gate)
-        self._restorer = Restorer(adapter, codec, raw, self._runner, metrics)
-        self._writer = SegmentWriter(codec, raw, store, metrics)
+        """post: runs an action on the loop's thread, from any thread."""
+        self._parts, self._admission, self._post = parts, admission, post
+        self._limits, self._metrics = parts.limits, parts.metrics
+        self._runner = ModelRunner(parts.adapter, parts.pool)
+        self._reader = SegmentReader(parts.adapter, parts.codec, parts.raw)
+        self._fetcher = Fetcher(parts.codec, parts.raw, parts.store, parts.gate)
+        self._restorer = Restorer(self._reader, parts.pool, parts.metrics)
+        self._writer = SegmentWriter(parts.codec, parts.raw, parts.store, parts.metrics)
         self._requests: dict[str, RequestState] = {}
         self._waiting: deque[RequestState] = deque()
         self._reading: deque[RequestState] = deque()
@@ -82,7 +70,9 @@ class StepLoop:
     @property
     def idle(self) -> bool:
         """Whether a turn would do nothing."""
-        return not (self._reading or self._decoding or self._writer.backlog)
+        # The last running request may have ended in the turn that is over, making room for a waiting one.
+        can_admit = self._waiting and not self.num_running
+        return not (self._reading or self._decoding or self._writer.backlog or can_admit)
 
     @property
     def num_waiting(self) -> int:
@@ -91,6 +81,11 @@ class StepLoop:
     @property
     def num_running(self) -> int:
         return len(self._requests) - len(self._waiting)
+
+    @property
+    def staging_bytes(self) -> int:
+        """Device bytes of what the last forward pass reconstructed and did not keep."""
+        return self._runner.staging_bytes
 
     @property
     def write_backlog(self) -> int:
@@ -132,40 +127,39 @@ class StepLoop:
         """Start waiting requests for which there is room, in the order they came.
 
         One whose segments another request is producing right now is passed over: when those stand, it
-        shares their pages instead of computing them again."""
+        shares them instead of computing them again."""
         for state in list(self._waiting):
-            if self.num_running >= self._max_running:
+            if self.num_running >= self._limits.max_running:
                 break
-            wanted = state.keys.segments[: state.reusable_segments]
+            wanted = state.keys.segments[: state.plan.segments]
             if any(key in self._claims for key in wanted):
                 continue
-            if not self._allocate(state, wanted):
+            room = self._admission.admit(state.plan, wanted)
+            if room is None:
+                if self._limits.refuse_when_full:
+                    self._refuse(state)
+                    continue
                 break
             self._waiting.remove(state)
+            state.admitted(room, PagedCache(self._parts.pool, room.table, self._reader))
             self._fetch(state)
 
-    def _allocate(self, state: RequestState, wanted: Sequence[SegmentKey]) -> bool:
-        """Give a request its pages: shared ones where a wanted segment is on the device, private ones
-        for all the rest, now, so that it can never be stopped by a lack of pages. False: no room."""
-        pages = [self._pool.acquire(key) for key in wanted]
-        shared = [page for page in pages if page is not None]
-        pages += [None] * (pages_of(state.total_tokens) - len(pages))
-        private = self._pool.allocate(pages.count(None))
-        if private is None:
-            self._pool.release(shared)
-            return False
-        fresh = iter(private)
-        state.admitted(
-            BlockTable([next(fresh) if page is None else page for page in pages]),
-            missing=[index for index in range(len(wanted)) if pages[index] is None],
+    def _refuse(self, state: RequestState) -> None:
+        self._drop(state)
+        pages, pool = state.plan.pages, self._parts.pool
+        state.sink(
+            FailedEvent(
+                "overloaded",
+                f"mode {state.plan.mode} needs {pages * pool.page_bytes:,} bytes on the device, "
+                f"{pool.available_pages * pool.page_bytes:,} are free now (AQUIFER_WHEN_FULL=wait queues it)",
+            )
         )
-        return True
 
     def _fetch(self, state: RequestState) -> None:
         """Ask the tiers for what is not on the device; nothing waits for the answer."""
         state.phase = Phase.FETCHING
         self._metrics.request_queue_seconds.observe(state.queue_seconds)
-        claimed = [*state.missing, *range(state.reusable_segments, len(state.keys.segments))]
+        claimed = [*state.missing, *range(state.plan.segments, len(state.keys.segments))]
         for index in claimed:
             self._claims.setdefault(state.keys.segments[index], state)
         if not state.missing:
@@ -196,21 +190,35 @@ class StepLoop:
                 self._restore_group(state)
             elif state.ranges:
                 self._compute_chunk(state)
+            elif state.unindexed:
+                self._index_group(state)
             if state.phase is Phase.READING:
-                state.report_progress()
+                self._went_on(state)
         except Exception as error:
             self._fail(state, error)
             return
-        if state.restores or state.ranges:
+        if state.phase is Phase.READING:
             self._reading.append(state)
-        elif state.phase is Phase.READING:
+
+    def _went_on(self, state: RequestState) -> None:
+        """Report how far the prompt is read; if all of it is, send the first token and go on."""
+        state.report_progress()
+        if state.restores or state.ranges:
+            return
+        if not state.read:
+            state.read = True
+            for source, tokens in state.tokens_by_source.items():
+                self._metrics.prompt_tokens.labels(source=source).inc(tokens)
+            if state.first_choice is not None:
+                self._emit(state, [state.first_choice])
+        if state.phase is Phase.READING and not state.unindexed:
             self._reading_done(state)
 
     def _restore_group(self, state: RequestState) -> None:
         started = time.perf_counter()
         group = [state.restores.popleft() for _ in range(min(GROUP_SEGMENTS, len(state.restores)))]
         try:
-            self._restorer.restore(group, state.table)
+            self._restorer.restore(group, state.cache.table)
         finally:
             for segment in group:
                 segment.release()
@@ -220,45 +228,68 @@ class StepLoop:
         state.restore_seconds += seconds
         if len({segment.tier for segment in group}) == 1:
             fetch_share = state.fetch_seconds * len(group) / max(1, len(state.missing))
-            self._gate.measured(group[0].tier, len(group) * SEGMENT_TOKENS, seconds + fetch_share)
+            self._parts.gate.measured(group[0].tier, len(group) * SEGMENT_TOKENS, seconds + fetch_share)
 
     def _compute_chunk(self, state: RequestState) -> None:
         started = time.perf_counter()
-        start, stop = state.next_chunk(self._chunk_tokens)
-        hidden, kv = self._runner.prefill(state.inputs[start:stop], start, state.table)
+        start, stop = state.next_chunk(self._limits.chunk_tokens)
+        hidden, kv = self._runner.prefill(state.inputs[start:stop], start, state.cache)
         self._keep_segments(state, start, stop, kv)
+        logits = None
         if state.request.score_ids:
             self._score(state, start, hidden)
-        elif not state.ranges and not state.prompt_only:
+        elif not state.ranges and not state.request.prompt_only:
             # Reading the logits also waits for the device, so the chunk's time below is its own.
             logits = self._runner.logits(hidden[-1:]).cpu()
-            state.prefill_seconds += time.perf_counter() - started
-            self._reading_done(state)
-            self._emit(state, logits[0])
-            return
-        if hidden.is_cuda:
+        elif hidden.is_cuda:
             torch.cuda.synchronize(hidden.device)
         seconds = time.perf_counter() - started
         state.prefill_seconds += seconds
-        self._gate.measured("computed", stop - start, seconds)
+        if logits is None:
+            self._parts.gate.measured("computed", stop - start, seconds)
+        else:
+            state.first_choice = state.sampler.choose(logits[0])
 
     def _keep_segments(self, state: RequestState, start: int, stop: int, kv: LayerKV) -> None:
-        """Share the prompt's segments that this chunk completed, and queue them for the tiers."""
-        complete = range(start // SEGMENT_TOKENS, min(stop // SEGMENT_TOKENS, len(state.keys.segments)))
+        """Share the prompt's segments that this chunk completed, and queue them for the tiers. What has
+        no page goes there at once: the next chunk reads it from there."""
+        segments = state.keys.segments
+        complete = range(start // SEGMENT_TOKENS, min(stop // SEGMENT_TOKENS, len(segments)))
+        paged = [index for index in complete if state.cache.table.pages[index] is not None]
         for index in complete:
-            self._share(state, index)
-        if not state.request.store:
-            return
-        wanted = [(index, state.keys.segments[index]) for index in complete if index not in state.known]
-        jobs = split_segments(kv, start, wanted, state.keys.sinks, lambda: self._written(state))
-        state.writes_pending += len(jobs)
-        self._writer.add(jobs)
+            if index in paged:
+                self._share(state, index)
+                continue
+            jobs = split_segments(kv, start, [(index, segments[index])], state.keys.sinks)
+            records = self._writer.store_now(jobs, keep=state.request.store)
+            state.cache.host[index] = StoredSegment(index, records[-1], *records[:-1])
+            self._unclaim(state, index)
+        if state.request.store:
+            wanted = [(index, segments[index]) for index in paged if index not in state.known]
+            jobs = split_segments(kv, start, wanted, state.keys.sinks)
+            state.writes_pending += len(jobs)
+            self._writer.add(jobs, lambda: self._written(state))
 
     def _share(self, state: RequestState, index: int) -> None:
+        page = state.cache.table.pages[index]
+        assert page is not None
+        self._parts.pool.register(page, state.keys.segments[index])
+        self._unclaim(state, index)
+
+    def _unclaim(self, state: RequestState, index: int) -> None:
         key = state.keys.segments[index]
-        self._pool.register(state.table.pages[index], key)
         if self._claims.get(key) is state:
             del self._claims[key]
+
+    def _index_group(self, state: RequestState) -> None:
+        """Make some segments of the document selectable."""
+        started = time.perf_counter()
+        index, pages = self._parts.index, state.room.index_pages
+        group = [state.unindexed.popleft() for _ in range(min(GROUP_SEGMENTS, len(state.unindexed)))]
+        build_index(index, pages, group, state.cache, self._reader)
+        for number in group:
+            index.register(pages[number], state.keys.segments[number])
+        state.restore_seconds += time.perf_counter() - started
 
     def _score(self, state: RequestState, start: int, hidden: Tensor) -> None:
         """Log probabilities of the scored tokens that this chunk predicts. hidden: [T, hidden] at start.."""
@@ -273,15 +304,29 @@ class StepLoop:
             state.score_logprobs += logprobs.tolist()
 
     def _reading_done(self, state: RequestState) -> None:
-        for source, tokens in state.tokens_by_source.items():
-            self._metrics.prompt_tokens.labels(source=source).inc(tokens)
+        """The prompt stands; go on to answering, or to storing if there is no answer."""
         if state.request.sampling.max_new_tokens and not state.request.score_ids:
-            state.phase = Phase.DECODING
-            self._decoding.append(state)
+            self._begin_decoding(state)
             return
         state.phase = Phase.STORING
-        if not (state.prompt_only and state.writes_pending):
+        if not (state.request.prompt_only and state.writes_pending):
             self._stored(state)
+
+    def _begin_decoding(self, state: RequestState) -> None:
+        parts, plan, room, cache = self._parts, state.plan, state.room, state.cache
+        if plan.selection is None:
+            state.decoding = OneByOne(cache, state.sampler)
+        else:
+            rows = SelectiveCache(parts, cache.table, room.index_pages, room.row_pages, plan.selection)
+            fill_sinks(rows, cache, self._reader)
+            if plan.mode == "verified":
+                state.decoding = Verified(rows, cache, state.sampler, parts.eos_token_ids, self._metrics)
+            else:
+                state.decoding = OneByOne(rows, state.sampler)
+                self._admission.leave_document(room, plan.segments)
+                cache.release()
+        state.phase = Phase.DECODING
+        self._decoding.append(state)
 
     def _written(self, state: RequestState) -> None:
         state.writes_pending -= 1
@@ -290,44 +335,48 @@ class StepLoop:
 
     def _stored(self, state: RequestState) -> None:
         if state.request.pin:
-            self._store.pin(state.keys.records)
+            self._parts.store.pin(state.keys.records)
         self._finish(state, "length")
 
     # Answering
 
     def _decode(self) -> None:
-        """One more token for every running answer, in one pass."""
+        """One step of every running answer, in one pass."""
         batch = list(self._decoding)
         if not batch:
             return
-        inputs = [state.next_input for state in batch]
         try:
-            logits = self._runner.decode(
-                [token for token, _ in inputs], [at for _, at in inputs], [state.table for state in batch]
-            ).cpu()
+            rows = [state.next_rows() for state in batch]
+            logits = self._runner.step(rows).cpu()
+            settled = [
+                state.take(own)
+                for state, own in zip(batch, logits.split([len(row.token_ids) for row in rows]), strict=True)
+            ]
         except Exception as error:
             for state in batch:
                 self._fail(state, error)
             return
-        for state, row in zip(batch, logits, strict=True):
-            self._emit(state, row)
+        for state, choices in zip(batch, settled, strict=True):
+            self._emit(state, choices)
 
-    def _emit(self, state: RequestState, logits: Tensor) -> None:
-        """Choose and send one token; logits: [vocab] on the CPU."""
-        first = not state.generated
-        gap, reason = state.emit(state.choose(logits), self._eos)
-        self._metrics.generation_tokens.inc()
-        if first:
-            self._metrics.time_to_first_token_seconds.observe(state.ttft_seconds)
-        else:
-            self._metrics.inter_token_latency_seconds.observe(gap)
-        if reason is not None:
-            self._finish(state, reason)
+    def _emit(self, state: RequestState, choices: Sequence[Choice]) -> None:
+        """Send tokens, up to the one that ends the answer."""
+        for choice in choices:
+            first = not state.generated
+            gap, reason = state.emit(choice, self._parts.eos_token_ids)
+            self._metrics.generation_tokens.inc()
+            if first:
+                self._metrics.time_to_first_token_seconds.observe(state.ttft_seconds)
+            else:
+                self._metrics.inter_token_latency_seconds.observe(gap)
+            if reason is not None:
+                self._finish(state, reason)
+                return
 
     def _write_limit(self) -> int:
         """Segments to encode in this turn. On CUDA that happens beside the model; on a CPU it competes
         with running requests, so those go first as long as the backlog stays small."""
-        if self._adapter.device.type == "cuda" or self._writer.backlog > _MAX_BACKLOG:
+        if self._parts.adapter.device.type == "cuda" or self._writer.backlog > _MAX_BACKLOG:
             return _WRITE_BATCH
         if self._reading:
             return 0
@@ -337,7 +386,8 @@ class StepLoop:
 
     def _finish(self, state: RequestState, reason: FinishReason) -> None:
         self._drop(state)
-        state.finish(reason, prompt_usage(self._codec, self._raw, len(state.request.token_ids)))
+        parts, prompt_tokens = self._parts, len(state.request.token_ids)
+        state.finish(reason, prompt_usage(parts.codec, parts.raw, prompt_tokens, state.plan.mode))
 
     def _fail(self, state: RequestState, error: Exception) -> None:
         log.error("request failed", request_id=state.request.request_id, exc_info=error)
@@ -346,6 +396,7 @@ class StepLoop:
 
     def _drop(self, state: RequestState) -> None:
         """Take a request out of every list and give back what it holds."""
+        running = state.phase not in (Phase.WAITING, Phase.DONE)
         state.phase = Phase.DONE
         self._requests.pop(state.request.request_id, None)
         for queue in (self._waiting, self._reading, self._decoding):
@@ -356,7 +407,9 @@ class StepLoop:
         state.restores.clear()
         for key in [key for key, owner in self._claims.items() if owner is state]:
             del self._claims[key]
-        self._pool.release(state.table.pages)
+        if running:
+            state.cache.release()
+            self._admission.release(state.room)
 
 
 def _result(done: Future[Fetched]) -> Fetched:
@@ -366,8 +419,3 @@ def _result(done: Future[Fetched]) -> Fetched:
         return done.result()
     log.error("fetch failed; recomputing", exc_info=error)
     return Fetched([], set(), 0.0)
-
-
-def pages_of(tokens: int) -> int:
-    """Pages that so many tokens take."""
-    return -(-tokens // SEGMENT_TOKENS)

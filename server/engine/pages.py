@@ -15,41 +15,33 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 import torch
+from torch import Tensor
 
 from aquifer.cachestore.keys import SegmentKey
 from aquifer.compression.spec import SEGMENT_TOKENS, KVSpec
 
 
-class PagePool:
-    """Paged keys and values of all layers.
+class PageAllocator:
+    """Which pages are free, used and by how many, or kept for whoever asks for the same segment.
 
-    keys, values: [L, H, P*256, D] in the model's dtype. Head-major, so that pages next to each other
-    are one strided [H, S, D] view that attention reads without a gather.
+    Knows nothing of what lies in them: the device's KV and the landmarks of selective decoding both
+    keep books this way.
     """
 
-    def __init__(self, spec: KVSpec, capacity_bytes: int, device: torch.device, *, keep: bool) -> None:
-        """keep: whether pages nobody uses stay registered. Raises ValueError if not one page fits."""
-        self.page_bytes = spec.bytes_per_token * SEGMENT_TOKENS
-        self.num_pages = capacity_bytes // self.page_bytes
-        if self.num_pages < 1:
-            raise ValueError(
-                f"{capacity_bytes:,} bytes of device KV hold no page; one takes {self.page_bytes:,} "
-                "(AQUIFER_GPU_KV_BYTES)"
-            )
-        shape = (spec.num_layers, spec.num_kv_heads, self.num_pages * SEGMENT_TOKENS, spec.head_dim)
-        self.keys = torch.empty(shape, dtype=spec.dtype, device=device)
-        self.values = torch.empty(shape, dtype=spec.dtype, device=device)
+    def __init__(self, num_pages: int, *, keep: bool) -> None:
+        """keep: whether pages nobody uses stay registered."""
+        self.num_pages = num_pages
         self._keep = keep
-        self._free = set(range(self.num_pages))
-        self._users = [0] * self.num_pages
+        self._free = set(range(num_pages))
+        self._users = [0] * num_pages
         self._key_of: dict[int, SegmentKey] = {}
         self._page_of: dict[SegmentKey, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()  # registered, no user; oldest first
 
     @property
-    def used_bytes(self) -> int:
-        """Bytes of pages that hold something, shared or private."""
-        return (self.num_pages - len(self._free)) * self.page_bytes
+    def used_pages(self) -> int:
+        """Pages that hold something, shared or private."""
+        return self.num_pages - len(self._free)
 
     @property
     def available_pages(self) -> int:
@@ -124,31 +116,86 @@ class PagePool:
         return page
 
 
-class BlockTable:
-    """The pages of one sequence in order, and where its tokens lie in the pool."""
+class PagePool(PageAllocator):
+    """Paged keys and values of all layers.
 
-    def __init__(self, pages: Sequence[int]) -> None:
+    keys, values: [L, H, P*256, D] in the model's dtype. Head-major, so that pages next to each other
+    are one strided [H, S, D] view that attention reads without a gather.
+    """
+
+    def __init__(self, spec: KVSpec, capacity_bytes: int, device: torch.device, *, keep: bool) -> None:
+        """keep: whether pages nobody uses stay registered. Raises ValueError if not one page fits."""
+        self.page_bytes = spec.bytes_per_token * SEGMENT_TOKENS
+        super().__init__(capacity_bytes // self.page_bytes, keep=keep)
+        if self.num_pages < 1:
+            raise ValueError(
+                f"{capacity_bytes:,} bytes of device KV hold no page; one takes {self.page_bytes:,} "
+                "(AQUIFER_GPU_KV_BYTES)"
+            )
+        shape = (spec.num_layers, spec.num_kv_heads, self.num_pages * SEGMENT_TOKENS, spec.head_dim)
+        self.keys = torch.empty(shape, dtype=spec.dtype, device=device)
+        self.values = torch.empty(shape, dtype=spec.dtype, device=device)
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of pages that hold something, shared or private."""
+        return self.used_pages * self.page_bytes
+
+    def write(self, layer: int, runs: Sequence[tuple[int, int]], k: Tensor, v: Tensor) -> None:
+        """Put keys (after RoPE) and values of one layer into the slots of `runs`.
+
+        k, v: [H, T, D], any float dtype, T = total length of the runs.
+        """
+        done = 0
+        for first, last in runs:
+            self.keys[layer, :, first:last] = k[:, done : done + last - first]
+            self.values[layer, :, first:last] = v[:, done : done + last - first]
+            done += last - first
+
+
+class BlockTable:
+    """The pages of one sequence in order, and where its tokens lie in the pool.
+
+    None stands for a segment that is not on the device; its tokens have no slots.
+    """
+
+    def __init__(self, pages: Sequence[int | None]) -> None:
         self.pages = list(pages)
 
+    @property
+    def held(self) -> list[int]:
+        """The pages that are there, in order."""
+        return [page for page in self.pages if page is not None]
+
     def runs(self, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Slot ranges (first, last + 1) of spans of tokens (start, count), neighbours joined."""
+        """Slot ranges (first, last + 1) of spans of tokens (start, count), neighbours joined.
+
+        Tokens without a slot are left out.
+        """
         runs: list[tuple[int, int]] = []
         for start, count in spans:
             stop = start + count
             while start < stop:
-                slot = self.slot(start)
                 step = min(SEGMENT_TOKENS - start % SEGMENT_TOKENS, stop - start)
-                if runs and runs[-1][1] == slot:
-                    runs[-1] = (runs[-1][0], slot + step)
-                else:
-                    runs.append((slot, slot + step))
+                slot = self.slot(start)
+                if slot is not None:
+                    if runs and runs[-1][1] == slot:
+                        runs[-1] = (runs[-1][0], slot + step)
+                    else:
+                        runs.append((slot, slot + step))
                 start += step
         return runs
 
-    def slot(self, position: int) -> int:
-        """Slot of one token."""
+    def slot(self, position: int) -> int | None:
+        """Slot of one token; None if its segment is not on the device."""
         index, offset = divmod(position, SEGMENT_TOKENS)
-        return self.pages[index] * SEGMENT_TOKENS + offset
+        page = self.pages[index]
+        return None if page is None else page * SEGMENT_TOKENS + offset
+
+
+def pages_of(tokens: int) -> int:
+    """Pages that so many tokens take."""
+    return -(-tokens // SEGMENT_TOKENS)
 
 
 def _longest_runs_first(free: set[int], count: int) -> list[int]:

@@ -26,14 +26,14 @@ def slot_bytes(codec: Codec, raw: Codec) -> int:
     return record_bytes(max(bodies))
 
 
-def prompt_usage(codec: Codec, raw: Codec, num_tokens: int) -> KVUsage:
+def prompt_usage(codec: Codec, raw: Codec, num_tokens: int, mode: str) -> KVUsage:
     """What the full segments of a prompt of num_tokens tokens take: codes, scales, headers and sinks."""
     segments = num_tokens // SEGMENT_TOKENS
     if segments == 0:
-        return KVUsage("resident", codec.name, 0, 0, None)
+        return KVUsage(mode, codec.name, 0, 0, None)
     spec = codec.spec
     values = segments * SEGMENT_TOKENS * 2 * spec.num_layers * spec.channels
     stored = record_bytes(raw.segment_bytes(SINK_TOKENS)) + sum(
         record_bytes(codec.segment_bytes(segment_span(index)[1])) for index in range(segments)
     )
-    return KVUsage("resident", codec.name, values * spec.dtype.itemsize, stored, 8 * stored / values)
+    return KVUsage(mode, codec.name, values * spec.dtype.itemsize, stored, 8 * stored / values)

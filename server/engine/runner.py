@@ -1,15 +1,19 @@
-"""Forward passes of the model over paged KV: one chunk of a prompt, or one step of many answers."""
+"""Forward passes of the model over the caches of many requests at once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from aquifer.compression.spec import SEGMENT_TOKENS
 from aquifer.kernels.attention import attend, merge_attention
+from aquifer.server.engine.fetch import StoredSegment
 from aquifer.server.engine.pages import BlockTable, PagePool
+from aquifer.server.engine.streams import SegmentReader, SegmentStream
 from aquifer.server.models.adapter import DecoderAdapter
 
 
@@ -21,82 +25,166 @@ class LayerKV:
     values: Tensor
 
 
+class CachePass(Protocol):
+    """One sequence during one forward pass."""
+
+    slots: list[int | None]
+    """Where the KV of the new tokens goes in the pool; None: nowhere."""
+
+    staging_bytes: int
+    """What the pass takes on the device besides pages and landmarks."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of the new tokens to the cache and to each other; called for layers 0 to L-1.
+
+        q: [Hq, R, D], k and v: [H, R, D]; those with a slot stand in the pool already. Returns [Hq, R, D].
+        """
+
+
+class SequenceCache(Protocol):
+    """The KV of one sequence, wherever it is."""
+
+    def open(self, start: int, count: int) -> CachePass:
+        """Begin a pass of `count` new tokens at positions start, start+1, ..."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What one sequence contributes to a pass: new tokens from position `start`, and its cache."""
+
+    token_ids: Sequence[int]
+    start: int
+    cache: SequenceCache
+
+
 class ModelRunner:
     """Joins the adapter (arithmetic of the model) with the pool (where its KV lies)."""
 
     def __init__(self, adapter: DecoderAdapter, pool: PagePool) -> None:
         self._adapter = adapter
         self._pool = pool
+        self.staging_bytes = 0
+        """Of the pass that is running, or of the last one."""
 
-    def prefill(self, token_ids: Sequence[int], start: int, table: BlockTable) -> tuple[Tensor, LayerKV]:
-        """Compute tokens start..start+T of a sequence whose earlier KV stands in the table's pages.
-
-        Writes their KV into the pages. Returns hidden states [T, hidden] and the KV before RoPE.
-        """
-        count = len(token_ids)
-        past = table.runs([(0, start)])
-        own = table.runs([(start, count)])
-        keys_pre: list[Tensor] = []
+    def prefill(self, token_ids: Sequence[int], start: int, cache: SequenceCache) -> tuple[Tensor, LayerKV]:
+        """Compute a chunk of one sequence. Returns hidden states [T, hidden] and the KV before RoPE."""
+        keys: list[Tensor] = []
         values: list[Tensor] = []
+        hidden = self._forward([Rows(token_ids, start, cache)], kept=(keys, values))
+        return hidden, LayerKV(torch.stack(keys), torch.stack(values))
 
-        def attention(layer: int, q: Tensor, k_pre: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys_pre.append(k_pre.flatten(1))
-            values.append(v.flatten(1))
-            q, k, v = (t.transpose(0, 1) for t in (q, k, v))
-            self.write(layer, own, k, v)
-            # The past in full and the chunk causally, because fused kernels are slow (or wrong) at a
-            # causal mask whose corner is not in the corner of the matrix.
-            parts = [self._attend_run(layer, q, run) for run in past]
-            parts.append(attend(q, k, v, causal=True))
-            return merge_attention(parts).transpose(0, 1)
-
-        device = self._adapter.device
-        positions = torch.arange(start, start + count, device=device)
-        hidden = self._adapter.forward(torch.tensor(token_ids, device=device), positions, attention)
-        return hidden, LayerKV(torch.stack(keys_pre), torch.stack(values))
-
-    def decode(
-        self, token_ids: Sequence[int], positions: Sequence[int], tables: Sequence[BlockTable]
-    ) -> Tensor:
-        """One step of B sequences: token_ids[b] stands at positions[b] of tables[b].
-
-        Returns logits [B, vocab], float32.
-        """
-        device = self._adapter.device
-        runs = [table.runs([(0, at + 1)]) for table, at in zip(tables, positions, strict=True)]
-        slots = torch.tensor(
-            [table.slot(at) for table, at in zip(tables, positions, strict=True)], device=device
-        )
-
-        def attention(layer: int, q: Tensor, k_pre: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self._pool.keys[layer].index_copy_(1, slots, k.transpose(0, 1))
-            self._pool.values[layer].index_copy_(1, slots, v.transpose(0, 1))
-            rows = [
-                merge_attention([self._attend_run(layer, q[b, :, None], run) for run in runs[b]])
-                for b in range(len(runs))
-            ]
-            return torch.stack(rows).squeeze(2)
-
-        hidden = self._adapter.forward(
-            torch.tensor(token_ids, device=device), torch.tensor(positions, device=device), attention
-        )
-        return self._adapter.logits(hidden)
+    def step(self, rows: Sequence[Rows]) -> Tensor:
+        """Compute new tokens of many sequences together. Returns logits [N, vocab] float32, in order."""
+        return self._adapter.logits(self._forward(rows))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [N, hidden]. Returns [N, vocab] float32."""
         return self._adapter.logits(hidden)
 
-    def write(self, layer: int, runs: Sequence[tuple[int, int]], k: Tensor, v: Tensor) -> None:
-        """Put keys (after RoPE) and values of one layer into the slots of `runs`.
+    def _forward(self, rows: Sequence[Rows], kept: tuple[list[Tensor], list[Tensor]] | None = None) -> Tensor:
+        """kept: lists that get keys before RoPE and values [N, C] of every layer."""
+        device = self._adapter.device
+        passes = [row.cache.open(row.start, len(row.token_ids)) for row in rows]
+        self.staging_bytes = sum(one.staging_bytes for one in passes)
+        spans: list[slice] = []
+        for row in rows:
+            first = spans[-1].stop if spans else 0
+            spans.append(slice(first, first + len(row.token_ids)))
+        slots = [slot for one in passes for slot in one.slots]
+        stored = [index for index, slot in enumerate(slots) if slot is not None]
+        where = torch.tensor([slots[index] for index in stored], dtype=torch.int64, device=device)
+        chosen = None if len(stored) == len(slots) else torch.tensor(stored, dtype=torch.int64, device=device)
 
-        k, v: [H, T, D], T = total length of the runs.
-        """
-        done = 0
-        for first, last in runs:
-            self._pool.keys[layer, :, first:last] = k[:, done : done + last - first]
-            self._pool.values[layer, :, first:last] = v[:, done : done + last - first]
-            done += last - first
+        def attention(layer: int, q: Tensor, k_pre: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if kept is not None:
+                kept[0].append(k_pre.flatten(1))
+                kept[1].append(v.flatten(1))
+            q, k, v = (t.transpose(0, 1) for t in (q, k, v))
+            for pooled, new in ((self._pool.keys, k), (self._pool.values, v)):
+                pooled[layer].index_copy_(1, where, new if chosen is None else new.index_select(1, chosen))
+            outs = [
+                one.attend(layer, q[:, span], k[:, span], v[:, span])
+                for one, span in zip(passes, spans, strict=True)
+            ]
+            return torch.cat(outs, dim=1).transpose(0, 1)
 
-    def _attend_run(self, layer: int, q: Tensor, run: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        first, last = run
-        return attend(q, self._pool.keys[layer, :, first:last], self._pool.values[layer, :, first:last])
+        token_ids = torch.tensor([token for row in rows for token in row.token_ids], device=device)
+        positions = torch.cat(
+            [torch.arange(row.start, row.start + len(row.token_ids), device=device) for row in rows]
+        )
+        return self._adapter.forward(token_ids, positions, attention)
+
+
+class PagedCache:
+    """The whole KV of a sequence: pages on the device, and stored segments for those that have no page.
+
+    Segments without a page are reconstructed layer by layer in every pass and forgotten again, so a pass
+    costs the same however many new tokens it computes.
+    """
+
+    def __init__(self, pool: PagePool, table: BlockTable, reader: SegmentReader | None = None) -> None:
+        """reader: needed when the table lacks pages."""
+        self.table = table
+        self._pool = pool
+        self._reader = reader
+        self.host: dict[int, StoredSegment] = {}
+        """Segments without a page that are read from the store, by index."""
+
+    def open(self, start: int, count: int) -> PagedPass:
+        table = self.table
+        # A single token reads itself from its page. Several attend to the past in full and to each other
+        # causally, because fused kernels are slow (or wrong) at a mask whose corner is not the matrix's.
+        causal = count > 1
+        past = table.runs([(0, start if causal else start + 1)])
+        absent = [i for i, page in enumerate(table.pages[: start // SEGMENT_TOKENS]) if page is None]
+        stream = None
+        if absent:
+            assert self._reader is not None
+            stream = self._reader.open([self.host[index] for index in absent])
+        slots = [table.slot(at) for at in range(start, start + count)]
+        return PagedPass(self._pool, slots, past, stream, causal=causal)
+
+    def release(self) -> None:
+        """End the leases of the stored segments; no pass may be opened after that."""
+        for segment in self.host.values():
+            segment.release()
+        self.host.clear()
+
+    def read(self, layer: int, runs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Keys and values [H, T, D] in the slots of `runs`."""
+        keys, values = self._pool.keys[layer], self._pool.values[layer]
+        return (
+            torch.cat([keys[:, first:last] for first, last in runs], dim=1),
+            torch.cat([values[:, first:last] for first, last in runs], dim=1),
+        )
+
+
+class PagedPass:
+    """See CachePass. past: runs of slots that every new token sees. stream: segments that it sees, too."""
+
+    def __init__(
+        self,
+        pool: PagePool,
+        slots: list[int | None],
+        past: Sequence[tuple[int, int]],
+        stream: SegmentStream | None,
+        *,
+        causal: bool,
+    ) -> None:
+        self.slots = slots
+        self.staging_bytes = stream.staging_bytes if stream else 0
+        self._pool, self._past, self._stream, self._causal = pool, past, stream, causal
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = [attend_run(self._pool, layer, q, run) for run in self._past]
+        if self._stream is not None:
+            parts.append(attend(q, *self._stream.next_layer()))
+        if self._causal:
+            parts.append(attend(q, k, v, causal=True))
+        return merge_attention(parts)
+
+
+def attend_run(pool: PagePool, layer: int, q: Tensor, run: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Attention of q [Hq, R, D] to the slots of one run; as `attend` returns it."""
+    first, last = run
+    return attend(q, pool.keys[layer, :, first:last], pool.values[layer, :, first:last])

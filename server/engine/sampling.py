@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,23 +34,60 @@ class Sampler:
     def choose(self, logits: Tensor) -> Choice:
         """logits: [vocab] float32 on the CPU. The log probability is the model's own, before penalty,
         temperature and cuts."""
+        return self._chosen(self.draw(self.distribution(logits)), logits)
+
+    def distribution(self, logits: Tensor, drafted: Sequence[int] = ()) -> Tensor:
+        """Probabilities [vocab] by which the next token is drawn; greedy: all of it on one token.
+
+        drafted: tokens after those that were chosen, if the logits are for a position further on.
+        """
         params = self._params
-        scores = logits if self._seen is None else self._penalized(logits)
+        scores = logits if self._seen is None else self._penalized(logits, self._seen.union(drafted))
         if params.temperature == 0.0:
-            token = int(scores.argmax())
-        else:
-            weights = filtered_probabilities(scores / params.temperature, params.top_k, params.top_p)
-            token = int(torch.multinomial(weights, 1, generator=self._generator))
+            return torch.zeros_like(scores).index_fill_(0, scores.argmax(), 1.0)
+        return filtered_probabilities(scores / params.temperature, params.top_k, params.top_p)
+
+    def draw(self, probabilities: Tensor) -> int:
+        """A token by its probability [vocab]."""
+        if self._params.temperature == 0.0:
+            return int(probabilities.argmax())
+        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+
+    def accept(self, drafts: Sequence[int], proposals: Sequence[Tensor], logits: Tensor) -> list[Choice]:
+        """Keep the longest run of drafts that exact decoding could have drawn, and draw one token after it.
+
+        drafts[i] was drawn from proposals[i] [vocab]; logits: [len(drafts) + 1, vocab] of the exact model.
+        A draft x stays with probability min(1, p(x)/q(x)); the first that does not is replaced by a draw
+        from what p has more than q. So the tokens are distributed as if each was drawn from p; greedily,
+        they are those of p. Source: speculative sampling, arXiv 2302.01318.
+        """
+        choices: list[Choice] = []
+        for place, (token, proposal) in enumerate(zip(drafts, proposals, strict=True)):
+            wanted = self.distribution(logits[place])
+            keep = float(wanted[token] / proposal[token])
+            if keep < 1.0 and self._uniform() >= keep:
+                surplus = (wanted - proposal).clamp_(min=0)
+                choices.append(self._chosen(self.draw(surplus / surplus.sum()), logits[place]))
+                return choices
+            choices.append(self._chosen(token, logits[place]))
+        choices.append(self.choose(logits[len(drafts)]))
+        return choices
+
+    def _uniform(self) -> float:
+        """A draw from [0, 1)."""
+        return float(torch.rand((), generator=self._generator))
+
+    def _chosen(self, token: int, logits: Tensor) -> Choice:
         if self._seen is not None:
             self._seen.add(token)
         return Choice(token, float(logits[token] - logits.logsumexp(-1)))
 
-    def _penalized(self, logits: Tensor) -> Tensor:
+    def _penalized(self, logits: Tensor, seen_ids: set[int]) -> Tensor:
         """Divide positive and multiply negative scores of tokens seen before.
 
         Source: CTRL, arXiv 1909.05858.
         """
-        seen = torch.tensor(sorted(self._seen or ()))
+        seen = torch.tensor(sorted(seen_ids))
         scores = logits.clone()
         old = scores[seen]
         penalty = self._params.repetition_penalty

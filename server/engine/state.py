@@ -11,8 +11,10 @@ from torch import Tensor
 
 from aquifer.cachestore.keys import PromptKeys
 from aquifer.compression.spec import SEGMENT_TOKENS
-from aquifer.server.engine.pages import BlockTable
-from aquifer.server.engine.restore import StoredSegment
+from aquifer.server.engine.admission import Plan, Room
+from aquifer.server.engine.decoding import Decoding
+from aquifer.server.engine.fetch import StoredSegment
+from aquifer.server.engine.runner import PagedCache, Rows
 from aquifer.server.engine.sampling import Choice, Sampler
 from aquifer.server.engine.text import TextStream
 from aquifer.server.engine.types import (
@@ -41,51 +43,55 @@ class RequestState:
     """A submitted request. Tokens count from 0; `inputs` is what gets KV: the prompt, and in scoring
     all but the last of the scored tokens."""
 
+    room: Room
+    cache: PagedCache
+    """What it holds and where its KV is, from admission on."""
+
     def __init__(
-        self, request: GenerateRequest, sink: Sink, keys: PromptKeys, decode: Callable[[Sequence[int]], str]
+        self,
+        request: GenerateRequest,
+        plan: Plan,
+        sink: Sink,
+        keys: PromptKeys,
+        decode: Callable[[Sequence[int]], str],
     ) -> None:
         """decode: the tokenizer's, from ids to text."""
         self.request = request
+        self.plan = plan
         self.keys = keys
         self.sink = sink
         self.phase = Phase.WAITING
-        self.prompt_only = request.sampling.max_new_tokens == 0 and not request.score_ids
         self.inputs = request.token_ids + request.score_ids[:-1]
-        self.table = BlockTable(())
+        self.decoding: Decoding | None = None  # once the prompt has been read
         self.restores: deque[StoredSegment] = deque()
         self.ranges: deque[tuple[int, int]] = deque()  # [start, stop) to be computed, ascending
+        self.unindexed: deque[int] = deque()  # segments that selective decoding cannot find yet
         self.missing: list[int] = []  # reusable segments that are not on the device
         self.known: set[int] = set()  # segments that some tier holds already
+        self.read = False  # whether all of the prompt stands
+        self.first_choice: Choice | None = None
         self.writes_pending = 0
         self.generated: list[int] = []
         self.score_logprobs: list[float] = []
         self._cached = {"gpu": 0, "ram": 0, "redis": 0}
         self._computed = 0
-        self._sampler = Sampler(request.sampling, request.token_ids)
+        self.sampler = Sampler(request.sampling, request.token_ids)
         self._text = TextStream(decode, request.sampling.stop)
         self._submitted = time.perf_counter()
         self._admitted = self._first_token = self._last_token = 0.0
         self.fetch_seconds = self.restore_seconds = self.prefill_seconds = 0.0
 
-    @property
-    def reusable_segments(self) -> int:
-        """Leading segments that need not be computed. The last token of a prompt is always computed,
-        because the next one is chosen from its logits."""
-        last = len(self.request.token_ids) - (0 if self.prompt_only else 1)
-        return last // SEGMENT_TOKENS
+    def next_rows(self) -> Rows:
+        """What the next decode step computes for this request."""
+        assert self.decoding is not None
+        position = len(self.inputs) + len(self.generated) - 1
+        remaining = self.request.sampling.max_new_tokens - len(self.generated)
+        return self.decoding.rows(self.generated[-1], position, remaining)
 
-    @property
-    def total_tokens(self) -> int:
-        """Tokens that need room on the device. A prompt-only request leaves its tail out: only full
-        segments are stored."""
-        if self.prompt_only:
-            return self.reusable_segments * SEGMENT_TOKENS
-        return len(self.inputs) + self.request.sampling.max_new_tokens * (not self.request.score_ids)
-
-    @property
-    def next_input(self) -> tuple[int, int]:
-        """Token id and position of the next decode step."""
-        return self.generated[-1], len(self.inputs) + len(self.generated) - 1
+    def take(self, logits: Tensor) -> list[Choice]:
+        """The tokens that a decode step settled. logits: [R, vocab] of this request's rows, on the CPU."""
+        assert self.decoding is not None
+        return self.decoding.take(logits)
 
     @property
     def ttft_seconds(self) -> float:
@@ -99,25 +105,30 @@ class RequestState:
     def tokens_by_source(self) -> dict[str, int]:
         return {**self._cached, "computed": self._computed}
 
-    def admitted(self, table: BlockTable, missing: list[int]) -> None:
-        """Room on the device was found; of the reusable segments, all but `missing` stand there already."""
+    def admitted(self, room: Room, cache: PagedCache) -> None:
+        """Room was found; of the plan's segments, those whose pages are shared stand there already."""
         self._admitted = time.perf_counter()
-        self.table = table
-        self.missing = missing
-        self._cached["gpu"] = SEGMENT_TOKENS * (self.reusable_segments - len(missing))
+        self.room, self.cache = room, cache
+        self.missing = room.unread
+        self.unindexed = deque(room.index_missing)
+        self._cached["gpu"] = SEGMENT_TOKENS * (self.plan.segments - len(self.missing))
 
     def plan_reading(self, found: Sequence[StoredSegment], known: set[int]) -> None:
-        """found: those missing segments that were fetched. The other ones, and the tail, are to be
-        computed. known: segments that need not be stored again."""
+        """found: those missing segments that were fetched; they go into their pages, or are read from where
+        they are if they have none. The other ones, and the tail, are to be computed. known: segments that
+        need not be stored again."""
         self.phase = Phase.READING
         self.known = known
-        self.restores = deque(found)
         for segment in found:
             self._cached[segment.tier] += SEGMENT_TOKENS
+            if self.cache.table.pages[segment.index] is None:
+                self.cache.host[segment.index] = segment
+            else:
+                self.restores.append(segment)
         holes = sorted(set(self.missing) - {segment.index for segment in found})
         spans = [(index * SEGMENT_TOKENS, (index + 1) * SEGMENT_TOKENS) for index in holes]
-        if not self.prompt_only:
-            spans.append((self.reusable_segments * SEGMENT_TOKENS, len(self.inputs)))
+        if not self.request.prompt_only:
+            spans.append((self.plan.segments * SEGMENT_TOKENS, len(self.inputs)))
         for start, stop in spans:
             if self.ranges and self.ranges[-1][1] == start:
                 self.ranges[-1] = (self.ranges[-1][0], stop)
@@ -137,10 +148,6 @@ class RequestState:
         left = sum(stop - start for start, stop in self.ranges) + SEGMENT_TOKENS * len(self.restores)
         total = len(self.request.token_ids)
         self.sink(ProgressEvent(max(0, min(total, len(self.inputs) - left)), total))
-
-    def choose(self, logits: Tensor) -> Choice:
-        """logits: [vocab] float32 on the CPU."""
-        return self._sampler.choose(logits)
 
     def emit(self, choice: Choice, eos_token_ids: frozenset[int]) -> tuple[float, FinishReason | None]:
         """Send one token. Returns the seconds since the token before and the reason to stop, if any."""
@@ -186,5 +193,6 @@ class RequestState:
                 kv=kv,
                 seed=self.request.sampling.seed,
                 score_logprobs=tuple(self.score_logprobs),
+                drafts=self.decoding.drafts if self.decoding else None,
             )
         )

@@ -43,6 +43,8 @@ class GenerateRequest:
 
     token_ids: BOS + document + inputs.
     cache_salt: tenant and request salt; requests with different salts share no segment.
+    budget: share of the prompt that selective attention reads, (sinks + tail + selected) / prompt; None: the
+        server's default. Matters to `selective`, and to `verified` for its drafts.
     score_ids: when given, nothing is sampled: the event that ends the request carries the log
         probability of each of these tokens after the prompt (teacher forcing).
     store: whether the finished segments of this prompt are written to the tiers.
@@ -54,9 +56,22 @@ class GenerateRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     cache_salt: str = ""
     mode: KVMode = "auto"
+    budget: float | None = None
     score_ids: tuple[int, ...] = ()
     store: bool = True
     pin: bool = False
+
+    @property
+    def prompt_only(self) -> bool:
+        """Whether the prompt is only to be read and stored."""
+        return self.sampling.max_new_tokens == 0 and not self.score_ids
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and, at its longest, what follows; the last scored token needs no KV."""
+        return len(self.token_ids) + (
+            len(self.score_ids) - 1 if self.score_ids else self.sampling.max_new_tokens
+        )
 
 
 @dataclass(frozen=True)
@@ -84,10 +99,27 @@ class RequestTimings:
 
 
 @dataclass(frozen=True)
+class DraftCounts:
+    """What speculation did in one answer. checks: passes over the whole cache."""
+
+    drafted: int = 0
+    accepted: int = 0
+    checks: int = 0
+
+    def plus(self, drafted: int, accepted: int) -> DraftCounts:
+        """The counts after one more check."""
+        return DraftCounts(self.drafted + drafted, self.accepted + accepted, self.checks + 1)
+
+
+@dataclass(frozen=True)
 class KVUsage:
-    """What the prompt's KV costs. raw_bytes: uncompressed size of the stored tokens' KV in the model's
-    dtype; stored_bytes: their size in the tiers, scales, headers and sinks counted. bits_per_value is
-    None when nothing of the prompt is stored (shorter than one segment)."""
+    """What the prompt's KV costs.
+
+    mode: how the answer was decoded.
+    raw_bytes: uncompressed size of the stored tokens' KV in the model's dtype.
+    stored_bytes: their size in the tiers, scales, headers and sinks counted.
+    bits_per_value: None when nothing of the prompt is stored (shorter than one segment).
+    """
 
     mode: str
     codec: str
@@ -131,6 +163,7 @@ class FinishedEvent:
     kv: KVUsage
     seed: int | None
     score_logprobs: tuple[float, ...] = ()
+    drafts: DraftCounts | None = None
 
 
 @dataclass(frozen=True)
@@ -168,7 +201,7 @@ class EngineInfo:
 @dataclass(frozen=True)
 class EngineLoad:
     """What is going on right now, for /ready and the gauges. device_bytes: by use
-    (weights, resident, staging)."""
+    (weights, resident, landmarks, staging)."""
 
     running: int
     waiting: int

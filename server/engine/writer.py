@@ -17,9 +17,11 @@ from torch import Tensor
 
 from aquifer.cachestore.keys import SegmentKey
 from aquifer.cachestore.store import TieredStore
+from aquifer.cachestore.tier import Lease
 from aquifer.compression.codec import Codec
 from aquifer.compression.spec import SINK_TOKENS
-from aquifer.compression.wire import RecordHeader, RecordKind, seal
+from aquifer.compression.wire import RecordHeader, RecordKind, body_of, seal
+from aquifer.server.engine.fetch import StoredRecord
 from aquifer.server.engine.records import segment_span
 from aquifer.server.engine.runner import LayerKV
 from aquifer.server.metrics import Metrics
@@ -27,28 +29,28 @@ from aquifer.server.metrics import Metrics
 
 @dataclass(frozen=True)
 class WriteJob:
-    """One record to be: `keys` and `values` [L, T, C] before RoPE, of T tokens from `start`.
-
-    on_done is called on the engine's thread when the record is in the RAM tier or was refused by it.
-    """
+    """One record to be: `keys` and `values` [L, T, C] before RoPE, of T tokens from `start`."""
 
     key: SegmentKey
     kind: RecordKind
     start: int
     keys: Tensor
     values: Tensor
-    on_done: Callable[[], None]
 
     @property
     def num_tokens(self) -> int:
         return self.keys.shape[1]
 
 
+_Queued = tuple[WriteJob, Callable[[], None]]
+"""A job, and what to call on the engine's thread when its record is in the RAM tier or was refused by it."""
+
+
 @dataclass(frozen=True)
 class _Flight:
     """Encoded bytes on their way to host memory; ready when the event is (None: ready now)."""
 
-    jobs: list[WriteJob]
+    jobs: list[_Queued]
     bodies: list[Tensor]
     event: torch.cuda.Event | None
 
@@ -61,7 +63,7 @@ class SegmentWriter:
         self._codecs: dict[RecordKind, Codec] = {"segment": codec, "sinks": raw}
         self._store = store
         self._metrics = metrics
-        self._jobs: deque[WriteJob] = deque()
+        self._jobs: deque[_Queued] = deque()
         self._flights: deque[_Flight] = deque()
         self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
 
@@ -70,20 +72,43 @@ class SegmentWriter:
         """Records not in the tiers yet."""
         return len(self._jobs) + sum(len(flight.jobs) for flight in self._flights)
 
-    def add(self, jobs: Sequence[WriteJob]) -> None:
-        self._jobs.extend(jobs)
+    def add(self, jobs: Sequence[WriteJob], on_done: Callable[[], None]) -> None:
+        """Queue records; on_done is called once for each of them."""
+        self._jobs.extend((job, on_done) for job in jobs)
 
     def pump(self, limit: int) -> None:
         """Encode up to `limit` waiting records, and store those whose bytes have arrived."""
-        jobs = [self._jobs.popleft() for _ in range(min(limit, len(self._jobs)))]
+        queued = [self._jobs.popleft() for _ in range(min(limit, len(self._jobs)))]
         for kind, codec in self._codecs.items():
-            batch = [job for job in jobs if job.kind == kind]
+            batch = [entry for entry in queued if entry[0].kind == kind]
             if batch:
-                self._flights.append(self._encode(codec, batch))
+                bodies, event = self._encode(codec, [job for job, _ in batch])
+                self._flights.append(_Flight(batch, bodies, event))
         while self._flights and (self._flights[0].event is None or self._flights[0].event.query()):
-            self._land(self._flights.popleft())
+            flight = self._flights.popleft()
+            for (job, on_done), body in zip(flight.jobs, flight.bodies, strict=True):
+                self._store_record(job, body)
+                on_done()
 
-    def _encode(self, codec: Codec, jobs: list[WriteJob]) -> _Flight:
+    def store_now(self, jobs: Sequence[WriteJob], *, keep: bool) -> list[StoredRecord]:
+        """Encode records that are needed right away, and lease them.
+
+        keep: whether they are stored for others, too. Without it, or if the RAM tier has no room, the
+        lease holds memory of its own.
+        """
+        records = []
+        for job in jobs:
+            (body,), event = self._encode(self._codecs[job.kind], [job])
+            if event is not None:
+                event.synchronize()
+            sealed = self._store_record(job, body) if keep else self._seal(job, body)
+            (lease,) = self._store.ram.get([job.key]) if keep else [None]
+            lease = lease or Lease(memoryview(sealed), "own")
+            records.append(StoredRecord(lease, body_of(lease.data)))
+        return records
+
+    def _encode(self, codec: Codec, jobs: Sequence[WriteJob]) -> tuple[list[Tensor], torch.cuda.Event | None]:
+        """Bodies of the records, in host memory when the event has happened (None: now)."""
         started = time.perf_counter()
         keys = torch.cat([job.keys for job in jobs], dim=1)
         values = torch.cat([job.values for job in jobs], dim=1)
@@ -102,17 +127,20 @@ class SegmentWriter:
             bodies = codec.encode(keys, values, counts)
         self._metrics.codec_tokens.labels(op="encode").inc(sum(counts))
         self._metrics.codec_seconds.labels(op="encode").inc(time.perf_counter() - started)
-        return _Flight(jobs, bodies, event)
+        return bodies, event
 
-    def _land(self, flight: _Flight) -> None:
-        for job, body in zip(flight.jobs, flight.bodies, strict=True):
-            codec = self._codecs[job.kind]
-            header = RecordHeader(job.kind, codec.fingerprint, job.key.digest, job.start, job.num_tokens)
-            record = seal(header, body.numpy().data)
-            if self._store.put(job.key, record):
-                self._metrics.kv_raw_bytes.inc(job.num_tokens * codec.spec.bytes_per_token)
-                self._metrics.kv_stored_bytes.inc(len(record))
-            job.on_done()
+    def _store_record(self, job: WriteJob, body: Tensor) -> bytes:
+        record = self._seal(job, body)
+        if self._store.put(job.key, record):
+            spec = self._codecs[job.kind].spec
+            self._metrics.kv_raw_bytes.inc(job.num_tokens * spec.bytes_per_token)
+            self._metrics.kv_stored_bytes.inc(len(record))
+        return record
+
+    def _seal(self, job: WriteJob, body: Tensor) -> bytes:
+        fingerprint = self._codecs[job.kind].fingerprint
+        header = RecordHeader(job.kind, fingerprint, job.key.digest, job.start, job.num_tokens)
+        return seal(header, body.numpy().data)
 
 
 def _to_pinned(body: Tensor) -> Tensor:
@@ -125,7 +153,6 @@ def split_segments(
     start: int,
     wanted: Sequence[tuple[int, SegmentKey]],
     sinks: SegmentKey | None,
-    on_done: Callable[[], None],
 ) -> list[WriteJob]:
     """Cut the KV of a chunk that begins at token `start` into records.
 
@@ -135,7 +162,7 @@ def split_segments(
 
     def job(key: SegmentKey, kind: RecordKind, first: int, count: int) -> WriteJob:
         rows = slice(first - start, first - start + count)
-        return WriteJob(key, kind, first, kv.keys[:, rows], kv.values[:, rows], on_done)
+        return WriteJob(key, kind, first, kv.keys[:, rows], kv.values[:, rows])
 
     jobs = []
     for index, key in wanted:

@@ -16,6 +16,7 @@ from aquifer.server.routes.prepare import Prepared, prepare
 from aquifer.server.routes.schemas import (
     CachedOut,
     Details,
+    DraftsOut,
     GenerateAnswer,
     GenerateBody,
     KVOut,
@@ -123,6 +124,7 @@ def _details(end: FinishedEvent, prepared: Prepared) -> dict[str, Any]:
         "prompt_tokens": end.prompt_tokens,
         "cached_tokens": CachedOut(**asdict(end.cached)),
         "kv": KVOut(**asdict(end.kv)),
+        "drafts": DraftsOut(**asdict(end.drafts)) if end.drafts else None,
         "timings": timings,
         "seed": end.seed,
     }

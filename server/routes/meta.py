@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 from dataclasses import asdict
 from importlib.metadata import version
+from typing import get_args
 
 from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from aquifer.server.engine.types import KVMode
 from aquifer.server.routes.body import BodyRoute
 from aquifer.server.routes.errors import problems
-from aquifer.server.routes.prepare import AVAILABLE_MODES
 from aquifer.server.routes.schemas import Health, Info, Ready, TokenizeBody, TokenPlace
 from aquifer.server.routes.service import ServiceDep
 
@@ -44,7 +45,7 @@ async def info(service: ServiceDep) -> Info:
         segment_tokens=engine.segment_tokens,
         device_kv_bytes=engine.device_kv_bytes,
         vocab_size=engine.vocab_size,
-        kv_modes=list(AVAILABLE_MODES),
+        kv_modes=list(get_args(KVMode)),
         version=version("aquifer"),
     )
 

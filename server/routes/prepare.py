@@ -12,7 +12,7 @@ from aquifer.server.routes.errors import ApiError
 from aquifer.server.routes.schemas import GenerateBody, KVOptions, Parameters
 from aquifer.server.routes.service import Caller, Service
 
-AVAILABLE_MODES = ("auto", "resident")
+_ATTEND_TO_EVERYTHING = ("resident", "streamed")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Prepared:
 
 async def prepare(body: GenerateBody, service: Service, caller: Caller) -> Prepared:
     """Tokenize, check limits, settle sampling. Raises ApiError, TooLongError, UnknownDocumentError."""
-    _check_mode(body.kv)
+    _check_budget(body.kv)
     started = time.perf_counter()
     document: str | tuple[int, ...] | None = body.document
     salt = caller.salt(body.cache_salt)
@@ -44,15 +44,13 @@ async def prepare(body: GenerateBody, service: Service, caller: Caller) -> Prepa
         sampling=_sampling(body.parameters, len(token_ids), service),
         cache_salt=salt,
         mode=body.kv.mode,
+        budget=body.kv.budget,
     )
     return Prepared(request, body, time.perf_counter() - started)
 
 
-def _check_mode(kv: KVOptions) -> None:
-    if kv.mode not in AVAILABLE_MODES:
-        available = ", ".join(AVAILABLE_MODES)
-        raise ApiError(422, f"kv.mode {kv.mode!r} is not available in this version; available: {available}")
-    if kv.budget is not None and kv.budget < 1:
+def _check_budget(kv: KVOptions) -> None:
+    if kv.budget is not None and kv.budget < 1 and kv.mode in _ATTEND_TO_EVERYTHING:
         raise ApiError(422, f"kv.budget has no effect in mode {kv.mode!r}, which attends to everything")
 
 

@@ -88,7 +88,11 @@ class Parameters(_Body):
 class KVOptions(_Body):
     mode: KVMode = "auto"
     budget: float | None = Field(
-        default=None, gt=0, le=1, allow_inf_nan=False, description="share of the KV that is attended to"
+        default=None,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="share of the prompt that selective attention reads; default: the server's setting",
     )
 
 
@@ -170,12 +174,21 @@ class TimingsOut(BaseModel):
     decode_seconds: float
 
 
+class DraftsOut(BaseModel):
+    """What mode `verified` did. checks: passes over the whole cache."""
+
+    drafted: int
+    accepted: int
+    checks: int
+
+
 class StreamDetails(BaseModel):
     finish_reason: FinishReason
     generated_tokens: int
     prompt_tokens: int
     cached_tokens: CachedOut
     kv: KVOut
+    drafts: DraftsOut | None
     timings: TimingsOut
     seed: int | None
 

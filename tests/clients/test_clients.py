@@ -125,7 +125,8 @@ def test_info_and_readiness(
 ) -> None:
     client = connect(service.url)
     info = client.info()
-    assert (info.model, info.max_prompt_tokens, info.raw["kv_modes"]) == ("fake", 4000, ["auto", "resident"])
+    assert (info.model, info.max_prompt_tokens) == ("fake", 4000)
+    assert "selective" in info.raw["kv_modes"]
     assert client.ready().ready
     engine.store.tiers = [tier("ram", up=False)]
     readiness = client.ready()

@@ -75,10 +75,10 @@ def test_bodies_that_are_no_request(
         ({"inputs": "a", "stream": "yes"}, ["stream", "boolean"]),
         ({"inputs": "a", "cache_salt": "s" * 257}, ["cache_salt"]),
         ({"inputs": "a", "kv": {"mode": "magic"}}, ["kv.mode"]),
-        ({"inputs": "a", "kv": {"mode": "selective"}}, ["selective", "not available in this version"]),
+        ({"inputs": "a", "kv": {"mode": "magic"}}, ["kv.mode", "'selective'"]),
         ({"inputs": "a", "kv": {"budget": 0}}, ["kv.budget", "greater than 0"]),
         ({"inputs": "a", "kv": {"budget": 1.5}}, ["kv.budget", "less than or equal to 1"]),
-        ({"inputs": "a", "kv": {"budget": 0.03}}, ["kv.budget", "no effect"]),
+        ({"inputs": "a", "kv": {"mode": "streamed", "budget": 0.03}}, ["kv.budget", "no effect"]),
     ],
 )
 def test_bodies_with_a_wrong_field(service: RunningService, body: dict[str, Any], words: list[str]) -> None:

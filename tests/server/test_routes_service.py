@@ -140,7 +140,7 @@ def test_info_has_limits_and_tgis_names(engine: FakeEngine) -> None:
         info = service.http.get("/info").json()
     assert (info["model_id"], info["model_sha"], info["model_dtype"]) == ("big-model", "f00d", "float32")
     assert (info["max_input_tokens"], info["max_total_tokens"]) == (4000, 4096)
-    assert info["kv_modes"] == ["auto", "resident"]
+    assert info["kv_modes"] == ["auto", "resident", "streamed", "selective", "verified"]
 
 
 def test_tokenize_gives_ids_and_places(service: RunningService) -> None:

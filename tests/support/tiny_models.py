@@ -23,11 +23,14 @@ from transformers import (
 from aquifer.cachestore.arena import RamArena
 from aquifer.cachestore.store import TieredStore
 from aquifer.compression.codec import make_codec
+from aquifer.compression.landmarks import TokenCodec
 from aquifer.compression.raw import RawCodec
 from aquifer.compression.wire import verify
-from aquifer.server.engine.engine import Engine, EngineLimits
+from aquifer.server.engine.engine import Engine
 from aquifer.server.engine.gate import LoadGate
+from aquifer.server.engine.index import IndexPool
 from aquifer.server.engine.pages import PagePool
+from aquifer.server.engine.parts import EngineLimits, EngineParts
 from aquifer.server.engine.records import slot_bytes
 from aquifer.server.engine.types import EngineInfo
 from aquifer.server.metrics import Metrics
@@ -88,17 +91,17 @@ def tiny_model(family: str) -> PreTrainedModel:
 
 
 def build(model: PreTrainedModel, codec_name: str = "raw", **options: Any) -> Engine:
-    """An engine over a model in memory. options: pages, slots, keep, chunk_tokens, max_running, redis."""
+    """An engine over a model in memory. options: pages, index_pages, slots, keep, chunk_tokens, max_running,
+    redis, refuse_when_full, streamed_bytes, shared_selection."""
     adapter = DecoderAdapter(model, max_tokens=4096)
     codec = make_codec(codec_name, adapter.spec, device=DEVICE, codec_dtype=torch.float32)
     raw = RawCodec(adapter.spec)
     arena = RamArena(options.get("slots", 256) * (slot_bytes(codec, raw) + 4096), slot_bytes(codec, raw))
-    pool = PagePool(
-        adapter.spec,
-        options.get("pages", 64) * 256 * adapter.spec.bytes_per_token,
-        DEVICE,
-        keep=options.get("keep", True),
-    )
+    keep = options.get("keep", True)
+    pool_bytes = options.get("pages", 64) * 256 * adapter.spec.bytes_per_token
+    pool = PagePool(adapter.spec, pool_bytes, DEVICE, keep=keep)
+    token_codec = TokenCodec(adapter.spec, None, DEVICE)
+    index = IndexPool(token_codec, options.get("index_pages", 64), DEVICE, keep=keep)
     info = EngineInfo(
         model="tiny",
         model_fingerprint="tiny",
@@ -114,22 +117,26 @@ def build(model: PreTrainedModel, codec_name: str = "raw", **options: Any) -> En
         vocab_size=adapter.vocab_size,
         eos_token_ids=(299,),
     )
-    return Engine(
+    parts = EngineParts(
         adapter=adapter,
         codec=codec,
         raw=raw,
         store=TieredStore(arena, options.get("redis"), verify),
         pool=pool,
+        index=index,
         gate=LoadGate(always=True),
-        decode_text=lambda ids: "".join(chr(0x4E00 + i) for i in ids),
-        info=info,
+        metrics=Metrics(),
         limits=EngineLimits(
             max_running=options.get("max_running", 8),
             max_waiting=64,
             chunk_tokens=options.get("chunk_tokens", 512),
+            refuse_when_full=options.get("refuse_when_full", False),
+            streamed_bytes=options.get("streamed_bytes", 0),
+            shared_selection=options.get("shared_selection", False),
         ),
-        metrics=Metrics(),
+        eos_token_ids=frozenset(info.eos_token_ids),
     )
+    return Engine(parts, info, lambda ids: "".join(chr(0x4E00 + i) for i in ids))
 
 
 def greedy_reference(model: PreTrainedModel, prompt: Sequence[int], new_tokens: int) -> list[int]:

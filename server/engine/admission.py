@@ -1,0 +1,197 @@
+"""Who may start, in which mode, with how much of the device.
+
+The mode is settled when a request arrives, from sizes alone: `auto` is resident where the whole KV fits the
+device at all, else verified, else streamed, which are as exact. Room is taken as a whole when a request
+starts, so that a running one can never be stopped by a lack of it.
+
+                device pages                                index pages       RAM arena
+    resident    whole sequence                              -                 -
+    streamed    tail and answer, segments as budget allows  -                 whole document
+    selective   tail and answer, fetched rows               whole document    whole document, while reading
+    verified    as streamed, and fetched rows               whole document    whole document
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from aquifer.cachestore.keys import SegmentKey
+from aquifer.compression.spec import SEGMENT_TOKENS
+from aquifer.server.engine.pages import BlockTable, pages_of
+from aquifer.server.engine.parts import EngineParts
+from aquifer.server.engine.selective import Selection
+from aquifer.server.engine.types import FailedEvent, GenerateRequest, KVMode
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a request will be decoded, and what it needs.
+
+    segments: full segments of the prompt that are restored or computed ahead of its last token.
+    own_pages: pages for what comes after them: the prompt's tail and the answer.
+    selection: for `selective` and `verified`.
+    """
+
+    mode: KVMode
+    segments: int
+    own_pages: int
+    selection: Selection | None = None
+
+    @property
+    def resident(self) -> bool:
+        return self.mode == "resident"
+
+    @property
+    def row_pages(self) -> int:
+        return self.selection.row_pages if self.selection else 0
+
+    @property
+    def pages(self) -> int:
+        """Device pages without which it cannot run."""
+        return self.own_pages + self.row_pages + (self.segments if self.resident else 0)
+
+    @property
+    def index_pages(self) -> int:
+        return self.segments if self.selection else 0
+
+    @property
+    def host_segments(self) -> int:
+        return 0 if self.resident else self.segments
+
+
+@dataclass
+class Room:
+    """What one running request holds."""
+
+    table: BlockTable
+    unread: list[int]
+    """Segments of the document that are not on the device."""
+    row_pages: list[int]
+    index_pages: list[int]
+    index_missing: list[int]
+    """Segments that the index does not have yet."""
+    host_segments: int
+
+
+class Admission:
+    """Plans requests and hands out the device. Planning is thread-safe, the rest belongs to the engine."""
+
+    def __init__(self, parts: EngineParts) -> None:
+        self._pool, self._index = parts.pool, parts.index
+        self._arena_slots = parts.store.ram.num_slots
+        self._limits = parts.limits
+        self._host_segments = 0
+
+    def plan(self, request: GenerateRequest) -> Plan | FailedEvent:
+        """Settle the mode. A FailedEvent says what does not fit, even on an idle server."""
+        plans = [self._plan_as(request, mode) for mode in _candidates(request)]
+        for plan in plans:
+            if self._obstacle(plan) is None:
+                return plan
+        prompt = len(request.token_ids)
+        reasons = "; ".join(f"{plan.mode}: {self._obstacle(plan)}" for plan in plans)
+        return FailedEvent("too_long", f"the KV of this prompt of {prompt:,} tokens does not fit. {reasons}")
+
+    def admit(self, plan: Plan, wanted: Sequence[SegmentKey]) -> Room | None:
+        """Take room for a request whose reusable segments are `wanted`; None if there is too little now."""
+        if self._host_segments + plan.host_segments > self._arena_slots:
+            return None
+        index_pages = self._index_for(plan, wanted)
+        if index_pages is None:
+            return None
+        pages = [self._pool.acquire(key) for key in wanted]
+        missing = pages.count(None)
+        own = self._pool.allocate(plan.own_pages + plan.row_pages + (missing if plan.resident else 0))
+        if own is None:
+            self._pool.release([page for page in pages if page is not None])
+            self._index.release([page for page, _ in index_pages])
+            return None
+        self._host_segments += plan.host_segments
+        # The document's pages first, then the tail's: neighbours in the sequence lie side by side.
+        rows_from, tail_from = len(own) - plan.row_pages, len(own) - plan.row_pages - plan.own_pages
+        tail, row_pages = own[tail_from:rows_from], own[rows_from:]
+        fresh = iter(own[:tail_from] if plan.resident else self._spare(missing))
+        document = [next(fresh, None) if page is None else page for page in pages]
+        return Room(
+            table=BlockTable([*document, *tail]),
+            unread=[number for number, page in enumerate(pages) if page is None],
+            row_pages=row_pages,
+            index_pages=[page for page, _ in index_pages],
+            index_missing=[number for number, (_, known) in enumerate(index_pages) if not known],
+            host_segments=plan.host_segments,
+        )
+
+    def leave_document(self, room: Room, segments: int) -> None:
+        """Give back the pages of the document's segments, and its share of the arena."""
+        self._pool.release([page for page in room.table.pages[:segments] if page is not None])
+        room.table.pages[:segments] = [None] * segments
+        self._host_segments -= room.host_segments
+        room.host_segments = 0
+
+    def release(self, room: Room) -> None:
+        """Give back everything."""
+        self._pool.release(room.table.held)
+        self._pool.release(room.row_pages)
+        self._index.release(room.index_pages)
+        self._host_segments -= room.host_segments
+
+    def _plan_as(self, request: GenerateRequest, mode: KVMode) -> Plan:
+        prompt = len(request.token_ids)
+        prompt_only = request.prompt_only
+        segments = (prompt if prompt_only else prompt - 1) // SEGMENT_TOKENS
+        # A prompt-only request leaves its tail out: only full segments are stored.
+        total = segments * SEGMENT_TOKENS if prompt_only else request.total_tokens
+        selection = None
+        if mode in ("selective", "verified"):
+            budget = request.budget or self._limits.selective_budget
+            selection = Selection.of(prompt, budget, shared=self._limits.shared_selection)
+        return Plan(mode, segments, pages_of(total) - segments, selection)
+
+    def _obstacle(self, plan: Plan) -> str | None:
+        """Why a plan cannot be carried out on an idle server, if so."""
+        if plan.pages > self._pool.num_pages:
+            need, have = (pages * self._pool.page_bytes for pages in (plan.pages, self._pool.num_pages))
+            return f"needs {need:,} bytes on the device, this server has {have:,} (AQUIFER_GPU_KV_BYTES)"
+        if plan.index_pages > self._index.num_pages:
+            return (
+                f"needs {plan.index_pages:,} segments indexed, this server has room for "
+                f"{self._index.num_pages:,} (AQUIFER_SELECTIVE_RAM_BYTES, AQUIFER_GPU_KV_BYTES)"
+            )
+        if plan.host_segments and plan.host_segments + 1 > self._arena_slots:
+            return (
+                f"needs {plan.host_segments + 1:,} records in RAM, the arena holds {self._arena_slots:,} "
+                "(AQUIFER_RAM_BYTES)"
+            )
+        return None
+
+    def _index_for(self, plan: Plan, wanted: Sequence[SegmentKey]) -> list[tuple[int, bool]] | None:
+        """An index page for each segment and whether it is filled; None if there is no room."""
+        if not plan.index_pages:
+            return []
+        found = [self._index.acquire(key) for key in wanted]
+        fresh = self._index.allocate(found.count(None))
+        if fresh is None:
+            self._index.release([page for page in found if page is not None])
+            return None
+        unused = iter(fresh)
+        return [(next(unused), False) if page is None else (page, True) for page in found]
+
+    def _spare(self, missing: int) -> list[int]:
+        """Pages for segments that need none, as far as the budget goes. The first segments get them."""
+        budget = self._limits.streamed_bytes
+        available = self._pool.available_pages
+        pages = available // 2 if budget is None else min(available, budget // self._pool.page_bytes)
+        return self._pool.allocate(min(missing, pages)) or []
+
+
+def _candidates(request: GenerateRequest) -> list[KVMode]:
+    """Modes to try, best first."""
+    if len(request.token_ids) <= SEGMENT_TOKENS:
+        return ["resident"]  # nothing of it would be anywhere else
+    one_by_one = not (request.prompt_only or request.score_ids)
+    if request.mode == "auto":
+        return ["resident", "verified", "streamed"] if one_by_one else ["resident", "streamed"]
+    if request.mode in ("selective", "verified") and not one_by_one:
+        return ["streamed"]  # selection is made for one new token at a time
+    return [request.mode]

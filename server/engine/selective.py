@@ -1,0 +1,250 @@
+"""Selective decoding: landmarks choose a few tokens, and only their rows are fetched.
+
+One token at a time: score the landmarks, take the best tokens, fetch the rows of those that were not fetched
+lately, attend to sinks + selected + the exact tail of the prompt + what was generated. Fetched rows live in
+pages of the pool, a slot per row; each layer (and each head, unless heads share a set) fills the slots in its
+own order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aquifer.compression.spec import SEGMENT_TOKENS, SINK_TOKENS
+from aquifer.kernels.attention import attend, merge_attention
+from aquifer.kernels.landmarks import select_tokens
+from aquifer.server.engine.index import IndexPool
+from aquifer.server.engine.pages import BlockTable, PagePool, pages_of
+from aquifer.server.engine.parts import EngineParts
+from aquifer.server.engine.records import segment_span
+from aquifer.server.engine.restore import GROUP_SEGMENTS
+from aquifer.server.engine.runner import CachePass, PagedCache, attend_run
+from aquifer.server.engine.streams import SegmentReader
+
+ROW_CACHE_STEPS = 4
+"""Rows kept on the device, as a multiple of those that one step selects."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How many tokens of a prompt are attended to, and how they are chosen.
+
+    count: selected tokens per step and layer, besides sinks, tail and generated tokens.
+    shared: whether all KV heads of a layer use one set.
+    """
+
+    count: int
+    shared: bool
+
+    @classmethod
+    def of(cls, prompt_tokens: int, budget: float, *, shared: bool) -> Selection:
+        """budget: (sinks + tail + selected) / prompt. At least one token is selected, where there is one."""
+        indexed = indexed_tokens(prompt_tokens)
+        exact = prompt_tokens - indexed  # sinks and tail
+        return cls(min(indexed, max(1, round(budget * prompt_tokens) - exact)), shared)
+
+    @property
+    def row_slots(self) -> int:
+        """Slots for sinks and fetched rows."""
+        return SINK_TOKENS + ROW_CACHE_STEPS * self.count
+
+    @property
+    def row_pages(self) -> int:
+        return pages_of(self.row_slots)
+
+
+def indexed_tokens(prompt_tokens: int) -> int:
+    """Tokens of a prompt that have a landmark: those of its stored segments, less the sinks. The last
+    token of a prompt is always computed, so it belongs to no stored segment of this prompt."""
+    return max(0, (prompt_tokens - 1) // SEGMENT_TOKENS * SEGMENT_TOKENS - SINK_TOKENS)
+
+
+class RowCache:
+    """Rows of one request that were fetched lately, least recently used ones replaced.
+
+    Sets of tokens are numbered 0..S-1: one per KV head, or one for all. Tokens are numbered as in the index
+    table's runs, slots from 0 in the request's own row pages.
+    """
+
+    def __init__(
+        self, pool: PagePool, index: IndexPool, tokens: Tensor, slots: Tensor, selection: Selection
+    ) -> None:
+        """tokens: int64 [T], where each token lies in the index. slots: int64 [N], where rows may go."""
+        spec, device = index.codec.spec, pool.keys.device
+        self._pool, self._index, self._shared = pool, index, selection.shared
+        self._tokens, self._slots = tokens, slots
+        sets = 1 if selection.shared else spec.num_kv_heads
+        shape = (spec.num_layers, sets)
+        self._slot_of = torch.full((*shape, len(tokens)), -1, dtype=torch.int32, device=device)
+        self._token_in = torch.full((*shape, len(slots)), -1, dtype=torch.int32, device=device)
+        self._last_used = torch.full((*shape, len(slots)), -1, dtype=torch.int32, device=device)
+        self._heads = torch.arange(spec.num_kv_heads, device=device)
+
+    @property
+    def map_bytes(self) -> int:
+        """Device bytes of the books about rows."""
+        maps = (self._slot_of, self._token_in, self._last_used)
+        return sum(t.numel() * t.element_size() for t in maps)
+
+    def fetch(self, layer: int, chosen: Tensor, now: int) -> tuple[Tensor, int]:
+        """Bring rows to the device.
+
+        chosen: int64 [S, K], ascending tokens per set. now: number of the step.
+        Returns their slots in the pool, int64 [S, K], and how many of the S*K rows had to be fetched.
+        """
+        slot_of, token_in, last_used = (t[layer] for t in (self._slot_of, self._token_in, self._last_used))
+        slots = slot_of.gather(1, chosen)
+        missing = slots < 0
+        set_of, place = missing.nonzero(as_tuple=True)
+        if len(set_of):
+            # Stamp the hits first, so that no victim is wanted in this very step.
+            stamps = torch.where(missing, -1, now).to(last_used.dtype)
+            last_used.scatter_reduce_(1, slots.clamp(min=0).long(), stamps, "amax")
+            most = int(missing.sum(dim=1).max())
+            victims = last_used.topk(most, dim=1, largest=False).indices
+            victim = victims[set_of, missing.cumsum(dim=1)[set_of, place] - 1]
+            token = chosen[set_of, place]
+            old = token_in[set_of, victim].long()
+            slot_of[set_of[old >= 0], old[old >= 0]] = -1
+            slot_of[set_of, token] = victim.to(slot_of.dtype)
+            token_in[set_of, victim] = token.to(token_in.dtype)
+            self._load(layer, set_of, token, self._slots[victim])
+            slots = slot_of.gather(1, chosen)
+        last_used.scatter_(1, slots.long(), now)
+        return self._slots[slots.long()], len(set_of)
+
+    def _load(self, layer: int, set_of: Tensor, token: Tensor, slot: Tensor) -> None:
+        """Copy rows from host memory and decode them into slots of the pool."""
+        heads = self._heads.repeat(len(token)) if self._shared else set_of
+        if self._shared:
+            slot = slot.repeat_interleave(len(self._heads))
+        host = self._index.rows[layer]
+        where = self._tokens[token].to(host.device)
+        rows = host[where].flatten(0, 1) if self._shared else host[where, set_of.to(host.device)]
+        keys, values = self._index.codec.decode_rows(layer, heads, rows.to(slot.device))
+        self._pool.keys[layer][heads, slot] = keys.to(self._pool.keys.dtype)
+        self._pool.values[layer][heads, slot] = values.to(self._pool.values.dtype)
+
+
+class SelectiveCache:
+    """The KV of a sequence as selective decoding sees it."""
+
+    def __init__(
+        self,
+        parts: EngineParts,
+        table: BlockTable,
+        index_pages: Sequence[int],
+        row_pages: Sequence[int],
+        selection: Selection,
+    ) -> None:
+        """table: of the whole sequence, of which only tail and generated tokens are read. index_pages: of the
+        stored segments, in order, all filled. row_pages: pages of the pool for sinks and fetched rows."""
+        self.pool, self._index, self._table = parts.pool, parts.index, table
+        self._metrics, self._selection = parts.metrics, selection
+        self._segments = len(index_pages)
+        spans = [segment_span(number) for number in range(self._segments)]
+        self._landmarks = BlockTable(index_pages).runs(spans)
+        device = parts.pool.keys.device
+        rows = BlockTable(row_pages)
+        self._sinks = rows.runs([(0, SINK_TOKENS)])
+        self._sink_slots = _flat(self._sinks, device)
+        slots = _flat(rows.runs([(SINK_TOKENS, selection.row_slots - SINK_TOKENS)]), device)
+        self._rows = RowCache(parts.pool, parts.index, _flat(self._landmarks, device), slots, selection)
+        self._step = 0
+
+    @property
+    def map_bytes(self) -> int:
+        return self._rows.map_bytes
+
+    def write_sinks(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """keys (after RoPE), values: [H, 4, D] of the first tokens."""
+        self.pool.write(layer, self._sinks, keys, values)
+
+    def open(self, start: int, count: int) -> CachePass:
+        """count must be 1: what one token selects is not what another one needs."""
+        if count != 1:
+            raise ValueError(f"selective attention takes one new token at a time, not {count}")
+        self._step += 1
+        first = self._segments * SEGMENT_TOKENS
+        tail = self._table.runs([(first, start + 1 - first)])
+        return _SelectivePass(self, tail, self._table.slot(start))
+
+    def attend_selected(self, layer: int, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Attend to the sinks and to the tokens that q [Hq, 1, D] selects; returns what `attend` does."""
+        index = self._index
+        scores = torch.cat(
+            [
+                index.codec.score(q[:, 0], index.codes[layer, first:last], index.scales[layer, first:last])
+                for first, last in self._landmarks
+            ],
+            dim=1,
+        )
+        heads, head_dim = self.pool.keys.shape[1], q.shape[-1]
+        chosen = select_tokens(scores, heads, self._selection.count, shared=self._selection.shared)
+        slots, fetched = self._rows.fetch(layer, chosen, self._step)
+        self._count(chosen, fetched, heads)
+        wanted = torch.cat((self._sink_slots.expand(heads, -1), slots.expand(heads, -1)), dim=1)
+        where = wanted[..., None].expand(-1, -1, head_dim)
+        keys, values = (t[layer].gather(1, where) for t in (self.pool.keys, self.pool.values))
+        return attend(q, keys, values)
+
+    def _count(self, chosen: Tensor, fetched: int, heads: int) -> None:
+        per_row = heads if self._selection.shared else 1  # (token, head) pairs in what was chosen as one
+        self._metrics.selected_tokens.inc(chosen.numel() * per_row)
+        self._metrics.selected_hits.inc((chosen.numel() - fetched) * per_row)
+        self._metrics.fetched_bytes.labels(mode="selective").inc(
+            fetched * per_row * self._index.codec.row_bytes
+        )
+
+
+class _SelectivePass:
+    """See CachePass."""
+
+    def __init__(self, cache: SelectiveCache, tail: Sequence[tuple[int, int]], slot: int | None) -> None:
+        self.slots = [slot]
+        self.staging_bytes = cache.map_bytes
+        self._cache, self._tail = cache, tail
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = [attend_run(self._cache.pool, layer, q, run) for run in self._tail]
+        parts.append(self._cache.attend_selected(layer, q))
+        return merge_attention(parts)
+
+
+def build_index(
+    index: IndexPool, pages: Sequence[int], missing: Sequence[int], cache: PagedCache, reader: SegmentReader
+) -> None:
+    """Encode segments that the index lacks: from their pages where they have some, else from the store.
+
+    pages: of the index, one per stored segment. missing: numbers of the segments to encode, ascending.
+    """
+    target, layers = BlockTable(pages), range(index.codec.spec.num_layers)
+    for first in range(0, len(missing), GROUP_SEGMENTS):
+        numbers = missing[first : first + GROUP_SEGMENTS]
+        paged = [number for number in numbers if cache.table.pages[number] is not None]
+        spans = [(number * SEGMENT_TOKENS, SEGMENT_TOKENS) for number in paged]
+        source, runs = cache.table.runs(spans), target.runs(spans)
+        for layer in layers if paged else ():
+            index.write(layer, runs, *cache.read(layer, source))
+        absent = [cache.host[number] for number in numbers if number not in paged]
+        if absent:
+            stream = reader.open(absent)
+            runs = target.runs(stream.spans)
+            for layer in layers:
+                index.write(layer, runs, *stream.next_layer())
+
+
+def fill_sinks(selective: SelectiveCache, cache: PagedCache, reader: SegmentReader) -> None:
+    """Give a selective cache the KV of the first tokens."""
+    run = cache.table.runs([(0, SINK_TOKENS)])
+    stream = None if run else reader.open([cache.host[0]], sinks_only=True)
+    for layer in range(reader.adapter.spec.num_layers):
+        selective.write_sinks(layer, *(stream.next_layer() if stream else cache.read(layer, run)))
+
+
+def _flat(runs: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+    return torch.cat([torch.arange(first, last, device=device) for first, last in runs])

@@ -1,0 +1,257 @@
+"""Decoding with the KV off the device: which modes are exact, what they hold, and that they give it back."""
+
+import random
+import threading
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from tiny_models import FAMILIES, greedy_reference, tiny_model
+
+from aquifer.cachestore.keys import chain_keys, make_namespace
+from aquifer.server.engine.engine import Engine, EngineError
+from aquifer.server.engine.types import (
+    Event,
+    FailedEvent,
+    FinishedEvent,
+    GenerateRequest,
+    KVMode,
+    SamplingParams,
+    TokenEvent,
+)
+
+MakeEngine = Callable[..., Engine]
+EXACT: tuple[KVMode, ...] = ("streamed", "verified")
+OFF_DEVICE: tuple[KVMode, ...] = ("streamed", "selective", "verified")
+
+
+def prompt(seed: int, length: int) -> tuple[int, ...]:
+    return tuple(random.Random(seed).choices(range(299), k=length))
+
+
+def ask(ids: tuple[int, ...], mode: KVMode, new_tokens: int = 12, **fields: object) -> GenerateRequest:
+    sampling = SamplingParams(max_new_tokens=new_tokens)
+    return GenerateRequest(f"{random.random()}", ids, sampling, mode=mode, **fields)  # type: ignore[arg-type]
+
+
+def answer(engine: Engine, request: GenerateRequest) -> tuple[list[int], FinishedEvent]:
+    tokens: list[int] = []
+    last: list[Event] = []
+    over = threading.Event()
+
+    def sink(event: Event) -> None:
+        if isinstance(event, TokenEvent):
+            tokens.append(event.token_id)
+        if isinstance(event, FinishedEvent | FailedEvent):
+            last.append(event)
+            over.set()
+
+    engine.submit(request, sink)
+    assert over.wait(60)
+    assert isinstance(last[0], FinishedEvent), last[0]
+    return tokens, last[0]
+
+
+def assert_nothing_held(engine: Engine) -> None:
+    """Of an engine that keeps no pages of finished requests."""
+    assert engine.flush(30)
+    load = engine.load()
+    assert (load.device_bytes["resident"], load.device_bytes["landmarks"]) == (0, 0)
+    assert engine.store.ram.open_leases == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mode", EXACT)
+def test_exact_modes_answer_like_generate_on_a_device_too_small_for_the_prompt(
+    family: str, mode: KVMode, make_engine: MakeEngine
+) -> None:
+    model = tiny_model(family)
+    engine = make_engine(model, pages=4, keep=False)
+    ids = prompt(1, 1300)
+    expected = greedy_reference(model, ids, 12)
+    cold, first = answer(engine, ask(ids, mode))
+    warm, second = answer(engine, ask(ids, mode))
+    assert cold == expected
+    assert warm == expected
+    assert (first.kv.mode, first.computed_tokens) == (mode, 1300)
+    assert (second.cached.ram, second.computed_tokens) == (1280, 20)
+    assert_nothing_held(engine)
+
+
+@pytest.mark.parametrize("pages_kept", [0, 1, 3, 50])
+@pytest.mark.parametrize("mode", EXACT)
+def test_the_budget_for_kept_segments_changes_no_token(
+    mode: KVMode, pages_kept: int, make_engine: MakeEngine
+) -> None:
+    model = tiny_model("llama")
+    page_bytes = make_engine(model)._parts.pool.page_bytes
+    engine = make_engine(model, pages=20, keep=False, streamed_bytes=pages_kept * page_bytes)
+    ids = prompt(2, 1500)
+    expected = greedy_reference(model, ids, 20)
+    assert answer(engine, ask(ids, mode, 20))[0] == expected
+    assert answer(engine, ask(ids, mode, 20))[0] == expected
+    assert_nothing_held(engine)
+
+
+@pytest.mark.parametrize("codec", ["higgs:2", "higgs:4"])
+def test_under_a_lossy_codec_exact_modes_equal_the_restored_cache(
+    codec: str, make_engine: MakeEngine
+) -> None:
+    engine = make_engine(tiny_model("qwen3"), codec, keep=False)
+    ids = prompt(3, 1400)
+    answer(engine, ask(ids, "resident"))
+    assert engine.flush(30)
+    restored, last = answer(engine, ask(ids, "resident", 30))
+    assert last.cached.ram == 1280
+    for mode in EXACT:
+        assert answer(engine, ask(ids, mode, 30))[0] == restored
+    assert_nothing_held(engine)
+
+
+def test_auto_takes_the_device_if_the_prompt_fits_and_stays_exact_if_not(make_engine: MakeEngine) -> None:
+    model = tiny_model("llama")
+    engine = make_engine(model, pages=5, keep=False)
+    for length, mode in ((1000, "resident"), (1700, "verified")):
+        ids = prompt(4, length)
+        tokens, last = answer(engine, ask(ids, "auto"))
+        assert last.kv.mode == mode
+        assert tokens == greedy_reference(model, ids, 12)
+    without_index = make_engine(model, pages=5, index_pages=2, keep=False)
+    assert answer(without_index, ask(prompt(4, 1700), "auto"))[1].kv.mode == "streamed"
+
+
+def test_requests_in_all_modes_decode_together(make_engine: MakeEngine) -> None:
+    model = tiny_model("llama")
+    engine = make_engine(model, pages=30, keep=False)
+    modes: Sequence[KVMode] = ("resident", "streamed", "verified", "selective") * 2
+    requests = [ask(prompt(40 + n, 300 + 150 * n), mode, 15) for n, mode in enumerate(modes)]
+    finished = engine.generate(requests)
+    for request, event in zip(requests, finished, strict=True):
+        assert event.kv.mode == request.mode
+        if request.mode != "selective":
+            expected = greedy_reference(model, request.token_ids, 15)
+            assert event.text == "".join(chr(0x4E00 + i) for i in expected if i != 299)
+    assert_nothing_held(engine)
+
+
+def test_two_users_of_one_document_share_its_landmarks(make_engine: MakeEngine) -> None:
+    engine = make_engine(tiny_model("llama"), pages=12, index_pages=6)
+    document = prompt(5, 1024)
+    finished = engine.generate([ask(document + prompt(50 + user, 20), "selective") for user in range(3)])
+    assert {event.kv.mode for event in finished} == {"selective"}
+    page = engine._parts.index.capacity_bytes // 6
+    assert engine.load().device_bytes["landmarks"] == 4 * page
+
+
+@pytest.mark.parametrize("mode", OFF_DEVICE)
+def test_holes_are_recomputed(mode: KVMode, make_engine: MakeEngine) -> None:
+    model = tiny_model("qwen3")
+    engine = make_engine(model, pages=4, keep=False)
+    ids = prompt(6, 1500)
+    first, _ = answer(engine, ask(ids, mode))
+    namespace = make_namespace(engine.info.model_fingerprint, engine.info.codec_fingerprint, "")
+    keys = chain_keys(namespace, ids)
+    engine.store.delete([keys.segments[0], keys.segments[3]])
+    again, last = answer(engine, ask(ids, mode))
+    assert again == first
+    assert last.cached.ram == 3 * 256
+    assert_nothing_held(engine)
+
+
+@pytest.mark.parametrize("mode", OFF_DEVICE)
+def test_a_request_that_stores_nothing_reads_from_memory_of_its_own(
+    mode: KVMode, make_engine: MakeEngine
+) -> None:
+    model = tiny_model("llama")
+    engine = make_engine(model, pages=4, keep=False)
+    ids = prompt(7, 1100)
+    tokens, _ = answer(engine, ask(ids, mode, store=False))
+    if mode != "selective":
+        assert tokens == greedy_reference(model, ids, 12)
+    assert engine.store.ram.stats().entries == 0
+    assert_nothing_held(engine)
+
+
+@pytest.mark.parametrize("mode", OFF_DEVICE)
+@pytest.mark.parametrize("after", range(1, 12))
+def test_cancelled_requests_give_everything_back(mode: KVMode, after: int, make_engine: MakeEngine) -> None:
+    engine = make_engine(tiny_model("llama"), pages=4, keep=False, chunk_tokens=256)
+    request = ask(prompt(8, 1200), mode, 200)
+    events: list[Event] = []
+    over = threading.Event()
+
+    def sink(event: Event) -> None:
+        events.append(event)
+        if len(events) == after:
+            engine.cancel(request.request_id)
+        if isinstance(event, FinishedEvent | FailedEvent):
+            over.set()
+
+    engine.submit(request, sink)
+    assert over.wait(60)
+    assert isinstance(events[-1], FinishedEvent) and events[-1].reason == "cancelled"
+    assert_nothing_held(engine)
+
+
+def test_a_selective_answer_frees_the_document_while_it_runs(make_engine: MakeEngine) -> None:
+    """Pages and leases of the document are needed to read the prompt, not to answer."""
+    engine = make_engine(tiny_model("llama"), pages=12, keep=False, streamed_bytes=1 << 30)
+    held: list[int] = []
+
+    def sink(event: Event) -> None:
+        if isinstance(event, TokenEvent):
+            held.append(engine.store.ram.open_leases)
+        if isinstance(event, FinishedEvent | FailedEvent):
+            over.set()
+
+    over = threading.Event()
+    engine.submit(ask(prompt(9, 1500), "selective", 10), sink)
+    assert over.wait(60)
+    assert held[-1] == 0
+
+
+def test_prompts_that_fit_nowhere_are_refused_with_the_numbers(make_engine: MakeEngine) -> None:
+    engine = make_engine(tiny_model("llama"), pages=4, slots=5, index_pages=3)
+    for mode, setting in (
+        ("resident", r"AQUIFER_GPU_KV_BYTES"),
+        ("streamed", r"needs 12 records in RAM, the arena holds \d.*AQUIFER_RAM_BYTES"),
+        ("selective", r"AQUIFER_SELECTIVE_RAM_BYTES"),
+        ("auto", r"3,000 tokens does not fit.*resident:.*verified:.*streamed:"),
+    ):
+        with pytest.raises(EngineError, match=setting):
+            engine.generate([ask(prompt(1, 3000), mode)])  # type: ignore[arg-type]
+
+
+def test_without_room_a_request_waits_or_is_refused(make_engine: MakeEngine) -> None:
+    model = tiny_model("llama")
+    requests = [ask(prompt(60 + n, 900), "resident", 40) for n in range(3)]
+    patient = make_engine(model, pages=4)
+    assert [event.generated_tokens for event in patient.generate(requests)] == [40] * 3
+    hasty = make_engine(model, pages=4, refuse_when_full=True)
+    with pytest.raises(EngineError, match="AQUIFER_WHEN_FULL"):
+        hasty.generate(requests)
+    assert_nothing_running(hasty)
+
+
+def assert_nothing_running(engine: Engine) -> None:
+    assert engine.flush(30)
+    for _ in range(500):
+        if engine.load().running == 0:
+            return
+        threading.Event().wait(0.02)
+    raise AssertionError("requests are still running")
+
+
+def test_scoring_in_a_selective_mode_reads_the_whole_cache(make_engine: MakeEngine) -> None:
+    model = tiny_model("llama")
+    engine = make_engine(model, pages=4, keep=False)
+    ids, scored = prompt(10, 1100), prompt(11, 20)
+    finished = [
+        engine.generate([GenerateRequest(mode, ids, SamplingParams(0), mode=mode, score_ids=scored)])[0]
+        for mode in ("streamed", "selective")
+    ]
+    assert finished[1].kv.mode == "streamed"
+    assert finished[0].score_logprobs == pytest.approx(finished[1].score_logprobs, abs=1e-4)
+    logits = model(torch.tensor([ids + scored]).to(model.device)).logits[0, len(ids) - 1 : -1]
+    expected = logits.log_softmax(-1).gather(1, torch.tensor(scored, device=logits.device)[:, None])[:, 0]
+    assert finished[0].score_logprobs == pytest.approx(expected.tolist(), abs=1e-3)
