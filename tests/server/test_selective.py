@@ -1,0 +1,111 @@
+"""What selective attention reads: the right rows, fetched once while they stay, no more than the budget."""
+
+import pytest
+import torch
+from tiny_models import DEVICE
+from torch import Tensor
+
+from aquifer.compression.landmarks import TokenCodec
+from aquifer.compression.spec import KVSpec
+from aquifer.server.engine.index import IndexPool, index_pages
+from aquifer.server.engine.pages import PagePool
+from aquifer.server.engine.selective import RowCache, Selection, indexed_tokens
+
+SPEC = KVSpec(num_layers=2, num_kv_heads=2, head_dim=16, dtype=torch.float32, rope="{}")
+TOKENS = 256
+
+
+class Case:
+    """An index of one page, and a row cache over it."""
+
+    def __init__(self, count: int, *, shared: bool) -> None:
+        self.pool = PagePool(SPEC, 4 * 256 * SPEC.bytes_per_token, DEVICE, keep=False)
+        self.index = IndexPool(TokenCodec(SPEC, None, DEVICE), 2, DEVICE, keep=False)
+        generator = torch.Generator().manual_seed(1)
+        self.keys, self.values = torch.randn(2, 2, 2, TOKENS, 16, generator=generator).to(DEVICE)
+        for layer in range(2):
+            self.index.write(layer, [(256, 512)], self.keys[layer], self.values[layer])
+        self.slots = torch.randperm(1024, generator=generator)[: 4 * count].to(DEVICE)
+        tokens = torch.arange(256, 512, device=DEVICE)
+        self.rows = RowCache(self.pool, self.index, tokens, self.slots, Selection(count, shared))
+
+    def expected(self, layer: int, chosen: Tensor) -> Tensor:
+        """Keys [H, K, D] as their rows say, read straight from the index."""
+        rows = self.index.rows[layer, 256 + chosen.cpu()].to(DEVICE)  # [S, K, H, bytes]
+        heads = torch.arange(2, device=DEVICE)
+        own = rows[0].transpose(0, 1) if len(chosen) == 1 else torch.stack([rows[h, :, h] for h in heads])
+        keys, _ = self.index.codec.decode_rows(
+            layer, heads.repeat_interleave(own.shape[1]), own.flatten(0, 1)
+        )
+        return keys.view(2, -1, 16)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_random_steps_always_find_the_chosen_rows(shared: bool) -> None:
+    case = Case(20, shared=shared)
+    sets = 1 if shared else 2
+    generator = torch.Generator().manual_seed(2)
+    for step in range(1, 60):
+        for layer in range(2):
+            choices = [torch.randperm(TOKENS, generator=generator)[:20].sort().values for _ in range(sets)]
+            chosen = torch.stack(choices).to(DEVICE)
+            slots, fetched = case.rows.fetch(layer, chosen, step)
+            assert 0 <= fetched <= chosen.numel()
+            where = slots.expand(2, -1)
+            found = torch.stack([case.pool.keys[layer, head, where[head]] for head in range(2)])
+            assert torch.equal(found, case.expected(layer, chosen))
+            assert all(len(set(own.tolist())) == 20 for own in slots)
+            assert set(slots.flatten().tolist()) <= set(case.slots.tolist())
+
+
+def test_what_was_fetched_lately_is_not_fetched_again() -> None:
+    case = Case(10, shared=True)
+    first = torch.arange(10, device=DEVICE)[None]
+    assert case.rows.fetch(0, first, 1)[1] == 10
+    assert case.rows.fetch(0, first, 2)[1] == 0
+    assert case.rows.fetch(0, first + 5, 3)[1] == 5
+    assert case.rows.fetch(1, first, 3)[1] == 10  # another layer has rows of its own
+
+
+def test_the_least_recently_used_row_makes_room() -> None:
+    case = Case(10, shared=True)  # room for 40 rows
+    for step, start in enumerate((0, 10, 20, 30, 0, 40), start=1):
+        fetched = case.rows.fetch(0, torch.arange(start, start + 10, device=DEVICE)[None], step)[1]
+        assert fetched == (0 if step == 5 else 10)
+    again = [case.rows.fetch(0, torch.arange(at, at + 10, device=DEVICE)[None], 9)[1] for at in (0, 10)]
+    assert again == [0, 10]
+
+
+def test_keys_and_values_come_back_close_to_what_was_written() -> None:
+    case = Case(30, shared=False)
+    chosen = torch.stack([torch.arange(30), torch.arange(100, 130)]).to(DEVICE)
+    slots, _ = case.rows.fetch(1, chosen, 1)
+    for head in range(2):
+        for pooled, written in ((case.pool.keys, case.keys), (case.pool.values, case.values)):
+            found, true = pooled[1, head, slots[head]], written[1, head, chosen[head]]
+            assert (found - true).square().sum() < 0.02 * true.square().sum()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "budget", "selected"),
+    [
+        (8192, 0.05, 410 - 256 - 4),  # a whole segment is tail: its last token must be computed
+        (8193, 0.05, 410 - 1 - 4),
+        (8193, 0.01, 82 - 1 - 4),
+        (1000, 0.01, 1),  # the tail alone is above the budget
+        (8193, 1.0, 8192 - 4),
+        (200, 0.5, 0),
+    ],
+)
+def test_the_budget_counts_sinks_and_tail(prompt: int, budget: float, selected: int) -> None:
+    assert Selection.of(prompt, budget, shared=False).count == selected
+    assert indexed_tokens(8193) == 8188
+
+
+def test_an_index_is_bounded_by_host_and_by_device_memory() -> None:
+    codec = TokenCodec(SPEC, None, DEVICE)
+    row_page = 256 * SPEC.num_layers * SPEC.num_kv_heads * codec.row_bytes
+    landmark_page = 256 * codec.landmark_bytes
+    assert index_pages(codec, 7 * row_page, 1 << 40) == 7
+    assert index_pages(codec, 1 << 40, 5 * landmark_page) == 5
+    assert index_pages(codec, 0, 1 << 40) == 0
