@@ -150,6 +150,8 @@ class _Branch:
         self.count = selector.selected(prompt.tokens)
         self.scorer: Scorer | None = None
         self.rows: Rows | None = None
+        self.barred: list[dict[int, Tensor]] = []
+        """By layer, then by tokens per unit, as `choose` takes it"""
         exact = selector.exact_tokens(prompt)
         self.exact_count = exact.shape[2]
         if method.ranker is not None and self.count:
