@@ -33,8 +33,14 @@ from aquifer.server.settings import MIB, load_settings
 
 FLUSH_SECONDS = 600.0
 
-_FIRST_ID = 3
+FIRST_ID = 3
 """Below it lie the bundled model's special tokens."""
+
+_ROWS_SHARE = 0.6
+"""Of uncompressed KV: more than the rows of selective decoding take in any dtype."""
+
+_INDEX_SHARE = 0.5
+"""Added to the device's KV bytes for landmarks, of which the engine takes what the rows allow."""
 
 _DISTINCT_SEGMENTS = 8
 """Planted segments repeat after so many: neighbours differ, and they are quickly made."""
@@ -49,7 +55,8 @@ class Needs:
     codec: as in the settings. contexts, tokens: how many prompts of which length exist at once.
     new_tokens: the longest answer. on_device: prompts stay on the device after their request; otherwise
     every request finds them in the tiers below, or nowhere. device_bytes: room for KV on the device;
-    None: as much as the contexts need.
+    None: as much as the contexts need. indexed: room for what selective decoding looks tokens up in.
+    streamed_bytes: of the device, that one streamed request fills with segments.
     """
 
     codec: str
@@ -59,10 +66,12 @@ class Needs:
     on_device: bool = False
     redis_url: str | None = None
     device_bytes: int | None = None
+    indexed: bool = False
+    streamed_bytes: int = 0
 
 
 @contextmanager
-def engine_for(subject: Subject, needs: Needs) -> Iterator[Engine]:
+def engine_for(subject: Subject, needs: Needs, metrics: Metrics | None = None) -> Iterator[Engine]:
     """An engine with just the memory that a measurement needs, so that a large one fits a small machine."""
     raw_bytes = subject.spec.bytes_per_token * (needs.tokens + 2 * SEGMENT_TOKENS) * needs.contexts
     answers = subject.spec.bytes_per_token * needs.contexts * (needs.new_tokens + SEGMENT_TOKENS)
@@ -72,14 +81,16 @@ def engine_for(subject: Subject, needs: Needs) -> Iterator[Engine]:
         device=str(subject.device),
         codec=needs.codec,
         gpu_cache=needs.on_device,
-        gpu_kv_bytes=needs.device_bytes or raw_bytes + answers,
+        gpu_kv_bytes=needs.device_bytes or int((raw_bytes + answers) * (1 + _INDEX_SHARE * needs.indexed)),
+        streamed_gpu_bytes=needs.streamed_bytes,
+        selective_ram_bytes=int(_ROWS_SHARE * raw_bytes) * needs.indexed,
         ram_bytes=int(1.1 * stored_share * raw_bytes) + 16 * MIB,
         redis_url=needs.redis_url or "",
         max_prompt_tokens=needs.tokens + SEGMENT_TOKENS,
         max_running_requests=max(16, needs.contexts),
         load_gate="always",
     )
-    engine = build_engine(settings, Metrics())
+    engine = build_engine(settings, metrics or Metrics())
     try:
         yield engine
     finally:
@@ -88,17 +99,21 @@ def engine_for(subject: Subject, needs: Needs) -> Iterator[Engine]:
 
 def random_prompt(subject: Subject, tokens: int) -> tuple[int, ...]:
     """Fresh random token ids."""
-    return tuple(torch.randint(_FIRST_ID, subject.config.vocab_size, (tokens,)).tolist())
+    return tuple(torch.randint(FIRST_ID, subject.config.vocab_size, (tokens,)).tolist())
 
 
 def request(
-    token_ids: Sequence[int], new_tokens: int, *, mode: KVMode = "auto", store: bool = True
+    token_ids: Sequence[int],
+    new_tokens: int,
+    *,
+    mode: KVMode = "resident",
+    budget: float | None = None,
+    store: bool = True,
 ) -> GenerateRequest:
     """Read a prompt and answer with exactly so many tokens; 0: only read."""
     sampling = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
-    return GenerateRequest(
-        f"bench-{next(_request_numbers)}", tuple(token_ids), sampling, mode=mode, store=store
-    )
+    name = f"bench-{next(_request_numbers)}"
+    return GenerateRequest(name, tuple(token_ids), sampling, mode=mode, budget=budget, store=store)
 
 
 def timed_read(engine: Engine, token_ids: Sequence[int], *, store: bool) -> tuple[float, FinishedEvent]:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from queue import SimpleQueue
 from time import perf_counter
 
-from aquifer.benchmarks.engines import Needs, engine_for, plant, random_prompt, request, timed_read
+from aquifer.benchmarks.engines import FIRST_ID, Needs, engine_for, plant, random_prompt, request, timed_read
 from aquifer.benchmarks.geometries import Subject
 from aquifer.benchmarks.harness import Contestant, LeftOutError, Report, Row, Run
 from aquifer.benchmarks.limits import decode_bytes, measure_limits, prefill_flop
 from aquifer.benchmarks.peers import PeerName, hf_decode, hf_prefill, load_hf, taking_part
 from aquifer.benchmarks.transfer import check_whole, new_report
 from aquifer.server.engine.engine import Engine
-from aquifer.server.engine.types import Event, FailedEvent, FinishedEvent, KVMode, TokenEvent
+from aquifer.server.engine.types import DraftCounts, Event, FailedEvent, FinishedEvent, KVMode, TokenEvent
+from aquifer.server.metrics import Metrics
 
 Prompt = tuple[int, ...]
 
@@ -48,31 +49,45 @@ def bench_prefill(subject: Subject, tokens: int, repeat: int, peers: Sequence[st
     return report
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How contexts are decoded. budget: share of the context that selective attention reads; None: the
+    server's default."""
+
+    modes: Sequence[KVMode]
+    budget: float | None = None
+
+    @property
+    def selects(self) -> bool:
+        return bool({"selective", "verified"} & set(self.modes))
+
+
 def bench_decode(
-    subject: Subject,
-    needs: Needs,
-    repeat: int,
-    modes: Sequence[KVMode],
-    peers: Sequence[str],
+    subject: Subject, needs: Needs, decoding: Decoding, repeat: int, peers: Sequence[str]
 ) -> Report:
     """One step behind a long context. needs.contexts sequences decode together, those of peers alone.
 
     Raises ValueError unless the contexts are whole segments.
     """
     check_whole(needs.tokens)
-    report = new_report("decode", subject, **_described(needs), repeat=repeat)
-    limits = measure_limits(subject)
-    steps = needs.new_tokens
-    with engine_for(subject, needs) as engine:
-        prompts = _plant_all(engine, subject, needs, needs.contexts)
-        ours = [Contestant(mode, "ours", _decode(engine, prompts, steps, mode)) for mode in modes]
+    report = new_report("decode", subject, **_described(needs, decoding), repeat=repeat)
+    limits, metrics = measure_limits(subject), Metrics()
+    with engine_for(subject, needs, metrics) as engine:
+        prompts = _plant_all(engine, subject, needs)
+        ours = {
+            mode: _Answers(engine, metrics, prompts, needs.new_tokens, mode, decoding.budget)
+            for mode in decoding.modes
+        }
         load = cache(lambda: load_hf(subject))
 
         def maker(name: PeerName) -> Callable[[], Run]:
-            return lambda: hf_decode(name, subject, load(), needs.tokens, steps)
+            return lambda: hf_decode(name, subject, load(), needs.tokens, needs.new_tokens)
 
         makers: dict[str, Callable[[], Run]] = {name: maker(name) for name in _DECODING_PEERS}
-        report.measure([*ours, *taking_part(report, subject, peers, makers)], repeat)
+        contestants = [Contestant(mode, "ours", answers.run) for mode, answers in ours.items()]
+        rows = report.measure([*contestants, *taking_part(report, subject, peers, makers)], repeat)
+    for mode in ours.keys() & rows.keys():
+        rows[mode].figures.update(ours[mode].figures)
     seconds = decode_bytes(subject, needs.tokens, needs.contexts) / limits.bytes_per_second
     report.rows.append(Row("weights and KV through memory once", "limit", {"seconds": seconds}))
     for row in report.rows:
@@ -83,84 +98,132 @@ def bench_decode(
 
 
 def bench_throughput(
-    subject: Subject, needs: Needs, repeat: int, modes: Sequence[KVMode], counts: Sequence[int]
+    subject: Subject, needs: Needs, decoding: Decoding, repeat: int, counts: Sequence[int]
 ) -> Report:
     """Tokens per second while so many contexts are being answered at once, until memory is full.
 
     needs.contexts is the most of `counts`. Raises ValueError unless the contexts are whole segments.
     """
     check_whole(needs.tokens)
-    report = new_report("throughput", subject, **_described(needs), repeat=repeat)
-    with engine_for(subject, needs) as engine:
-        prompts = _plant_all(engine, subject, needs, max(counts))
-        for mode in modes:
+    report = new_report("throughput", subject, **_described(needs, decoding), repeat=repeat)
+    metrics = Metrics()
+    with engine_for(subject, needs, metrics) as engine:
+        prompts = _plant_all(engine, subject, needs)
+        for mode in decoding.modes:
             for count in counts:
                 name = f"{mode}, {count} contexts"
-                run = _decode(engine, prompts[:count], needs.new_tokens, mode)
-                rows = report.measure([Contestant(name, "ours", run)], repeat)
+                answers = _Answers(engine, metrics, prompts[:count], needs.new_tokens, mode, decoding.budget)
+                rows = report.measure([Contestant(name, "ours", answers.run)], repeat)
                 if name not in rows:
                     break  # with more it will not work either
                 figures = rows[name].figures
                 figures["contexts"] = count
                 figures["tokens_per_second"] = count / figures["seconds"]
-                figures["resident_bytes"] = engine.load().device_bytes["resident"]
+                figures.update(answers.figures)
     return report
 
 
-def _described(needs: Needs) -> dict[str, str | int | float | None]:
+def _described(needs: Needs, decoding: Decoding) -> dict[str, str | int | float | None]:
     return {
         "codec": needs.codec,
         "tokens": needs.tokens,
         "contexts": needs.contexts,
         "new_tokens": needs.new_tokens,
+        "budget": decoding.budget,
     }
 
 
-def _plant_all(engine: Engine, subject: Subject, needs: Needs, count: int) -> list[Prompt]:
+def _plant_all(engine: Engine, subject: Subject, needs: Needs) -> list[Prompt]:
     codec = subject.codec(needs.codec)
-    prompts = [random_prompt(subject, needs.tokens) for _ in range(count)]
+    prompts = [random_prompt(subject, needs.tokens) for _ in range(needs.contexts)]
     for prompt in prompts:
         plant(engine, subject, codec, prompt)
     return prompts
 
 
-def _decode(engine: Engine, prompts: Sequence[Prompt], steps: int, mode: KVMode) -> Run:
-    """Ask a question about every prompt at once; seconds per step while all of them are being answered."""
+class _Answers:
+    """Answers to several contexts at once, asked for again and again."""
 
-    def run() -> float:
-        answers = _answer(engine, prompts, steps, mode)
+    def __init__(
+        self,
+        engine: Engine,
+        metrics: Metrics,
+        prompts: Sequence[Prompt],
+        steps: int,
+        mode: KVMode,
+        budget: float | None,
+    ) -> None:
+        self._engine, self._metrics, self._prompts = engine, metrics, prompts
+        self._steps, self._mode, self._budget = steps, mode, budget
+        self._selected = self._hits = 0.0
+        self._drafts = DraftCounts()
+        self._device_bytes = 0
+
+    def run(self) -> float:
+        """Seconds per step, from when all of them are being answered until the first one ends."""
+        before = self._row_counts()
+        answers = self._ask()
+        selected, hits = (new - old for new, old in zip(self._row_counts(), before, strict=True))
+        self._selected += selected
+        self._hits += hits
         first = max(times[0] for times in answers)
         last = min(times[-1] for times in answers)
         if first >= last:
-            raise LeftOutError(f"{len(prompts)} contexts do not fit the device at once")
-        tokens = Counter(first < at <= last for times in answers for at in times)[True]
-        return (last - first) * len(prompts) / tokens
+            raise LeftOutError(f"{len(self._prompts)} contexts do not fit the device at once")
+        tokens = sum(first < at <= last for times in answers for at in times)
+        return (last - first) * len(self._prompts) / tokens
 
-    return run
+    @property
+    def figures(self) -> dict[str, float]:
+        """Device memory held while answering; of selected rows those already on the device; of drafted
+        tokens those that the check accepted."""
+        figures = {"device_kv_bytes": float(self._device_bytes)}
+        if self._selected:
+            figures["row_hit_percent"] = 100 * self._hits / self._selected
+        if self._drafts.drafted:
+            figures["accepted_percent"] = 100 * self._drafts.accepted / self._drafts.drafted
+        return figures
 
+    def _ask(self) -> list[list[float]]:
+        """When each token of each answer came."""
+        queues: list[SimpleQueue[tuple[float, Event]]] = [SimpleQueue() for _ in self._prompts]
+        question = tuple(range(FIRST_ID, FIRST_ID + QUESTION_TOKENS))
+        for prompt, queue in zip(self._prompts, queues, strict=True):
+            asked = request(
+                prompt + question, self._steps + 1, mode=self._mode, budget=self._budget, store=False
+            )
+            self._engine.submit(asked, partial(_stamp, queue))
+        return [self._times_of(queue) for queue in queues]
 
-def _answer(engine: Engine, prompts: Sequence[Prompt], steps: int, mode: KVMode) -> list[list[float]]:
-    """When each token of each answer came."""
-    queues: list[SimpleQueue[tuple[float, Event]]] = [SimpleQueue() for _ in prompts]
-
-    def sink_of(queue: SimpleQueue[tuple[float, Event]]) -> Callable[[Event], None]:
-        return lambda event: queue.put((perf_counter(), event))
-
-    for prompt, queue in zip(prompts, queues, strict=True):
-        question = tuple(range(3, 3 + QUESTION_TOKENS))
-        engine.submit(request(prompt + question, steps + 1, mode=mode, store=False), sink_of(queue))
-    answers = []
-    for queue in queues:
-        times = []
+    def _times_of(self, queue: SimpleQueue[tuple[float, Event]]) -> list[float]:
+        times: list[float] = []
         while True:
             at, event = queue.get()
             if isinstance(event, TokenEvent):
+                if not times:
+                    in_use = sum(self._engine.load().device_bytes.values()) - self._weight_bytes
+                    self._device_bytes = max(self._device_bytes, in_use)
                 times.append(at)
             elif isinstance(event, FailedEvent):
                 raise LeftOutError(event.message)
             elif isinstance(event, FinishedEvent):
-                break
-        if mode not in ("auto", event.kv.mode):
-            raise LeftOutError(f"the engine answered in mode {event.kv.mode} instead")
-        answers.append(times)
-    return answers
+                if event.kv.mode != self._mode:
+                    raise LeftOutError(f"the engine answered in mode {event.kv.mode} instead")
+                if event.drafts:
+                    self._drafts = self._drafts.plus(event.drafts.drafted, event.drafts.accepted)
+                return times
+
+    @property
+    def _weight_bytes(self) -> int:
+        return self._engine.load().device_bytes["weights"]
+
+    def _row_counts(self) -> tuple[float, float]:
+        """Rows that selection chose so far, and those of them that needed no fetch."""
+        registry = self._metrics.registry
+        names = ("aquifer_selected_tokens_total", "aquifer_selected_hits_total")
+        selected, hits = (registry.get_sample_value(name) or 0.0 for name in names)
+        return selected, hits
+
+
+def _stamp(queue: SimpleQueue[tuple[float, Event]], event: Event) -> None:
+    queue.put((perf_counter(), event))

@@ -29,6 +29,9 @@ Role = Literal["ours", "peer", "limit"]
 Run = Callable[[], float]
 """One run of one contestant; returns the seconds it took. What it prepares outside of them is not counted."""
 
+_FILE_WIDTH = 160
+"""Columns of a table that does not go to a terminal."""
+
 PACKAGES = ("torch", "transformers", "redis", "hiredis")
 
 
@@ -138,7 +141,7 @@ def clocked_fresh(device: torch.device, prepare: Callable[[], Callable[[], objec
 
 def show(report: Report, json_file: Path | None) -> None:
     """Print the table, what was left out, the notes, and last one line of JSON; append that to a file."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
     names = list(dict.fromkeys(name for row in report.rows for name in row.figures))
     shown = " ".join(f"{key}={value}" for key, value in report.setup.items() if value is not None)
     table = Table("", *(_heading(name) for name in names), box=None, title=f"{report.benchmark}: {shown}")

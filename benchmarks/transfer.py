@@ -56,9 +56,9 @@ def bench_restore(
         engine = stack.enter_context(engine_for(subject, Needs(codec, tokens, redis_url=url)))
         _, stored_event = timed_read(engine, prompt, store=True)
         flush(engine)
-        ours = [Contestant("from RAM", "ours", lambda: _restore(engine, prompt, "ram"))]
+        ours = [Contestant("from RAM", "ours", restore_run(engine, prompt, "ram"))]
         if url:
-            ours.append(Contestant("from Redis", "ours", lambda: _restore(engine, prompt, "redis")))
+            ours.append(Contestant("from Redis", "ours", restore_run(engine, prompt, "redis")))
         codec_alone = clocked(device, lambda: _decode(coder, stored, device))
         prefill = _prefill(subject, engine, tokens, store=False)
         ours += [Contestant("decoding alone", "ours", codec_alone), Contestant("prefill", "ours", prefill)]
@@ -125,13 +125,18 @@ def check_whole(tokens: int) -> None:
         )
 
 
-def _restore(engine: Engine, prompt: Sequence[int], tier: str) -> float:
-    if tier == "redis":
-        drop_from_ram(engine, prompt)
-    seconds, event = timed_read(engine, prompt, store=True)
-    if getattr(event.cached, tier) != len(prompt):
-        raise RuntimeError(f"{len(prompt)} tokens should have come from {tier}, but it was {event.cached}")
-    return seconds
+def restore_run(engine: Engine, prompt: Sequence[int], tier: str) -> Run:
+    """Bring a stored prompt's KV onto the device, all of it from this tier: seconds on the wall."""
+
+    def run() -> float:
+        if tier == "redis":
+            drop_from_ram(engine, prompt)
+        seconds, event = timed_read(engine, prompt, store=True)
+        if getattr(event.cached, tier) != len(prompt):
+            raise RuntimeError(f"{len(prompt)} tokens should have come from {tier}; it was {event.cached}")
+        return seconds
+
+    return run
 
 
 def _prefill(subject: Subject, engine: Engine, tokens: int, *, store: bool) -> Run:

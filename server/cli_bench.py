@@ -45,6 +45,7 @@ Modes = Annotated[
     list[str],
     typer.Option("--mode", help="resident, streamed, selective or verified; may be repeated"),
 ]
+Budget = Annotated[Optional[float], typer.Option(help="share of the context that selective attention reads")]
 DeviceBytes = Annotated[
     Optional[int], typer.Option(min=1, help="device memory for KV; default: as much as the contexts need")
 ]
@@ -119,6 +120,7 @@ def decode(
     batch: Annotated[int, typer.Option(min=1, help="sequences that decode together (peers: one)")] = 1,
     new_tokens: NewTokens = 32,
     mode: Modes = ["resident"],  # noqa: B006
+    budget: Budget = None,
     gpu_kv_bytes: DeviceBytes = None,
     repeat: Repeat = 5,
     device: Device = "auto",
@@ -128,11 +130,12 @@ def decode(
 ) -> None:
     """One step behind a long context, by mode."""
     from aquifer.benchmarks.engines import Needs
-    from aquifer.benchmarks.generation import bench_decode
+    from aquifer.benchmarks.generation import Decoding, bench_decode
 
     subject = _subject(geometry, layers, device, weights)
-    needs = Needs(codec, tokens, batch, new_tokens, on_device=True, device_bytes=gpu_kv_bytes)
-    _run(lambda: bench_decode(subject, needs, repeat, _modes(mode), peer), json_file)
+    decoding = Decoding(_modes(mode), budget)
+    needs = Needs(codec, tokens, batch, new_tokens, device_bytes=gpu_kv_bytes, indexed=decoding.selects)
+    _run(lambda: bench_decode(subject, needs, decoding, repeat, peer), json_file)
 
 
 @bench.command()
@@ -146,6 +149,7 @@ def throughput(
     ] = "1,2,4,8",
     new_tokens: NewTokens = 32,
     mode: Modes = ["resident"],  # noqa: B006
+    budget: Budget = None,
     gpu_kv_bytes: DeviceBytes = None,
     repeat: Repeat = 3,
     device: Device = "auto",
@@ -154,7 +158,7 @@ def throughput(
 ) -> None:
     """Tokens per second against the number of contexts answered at once, until memory is full."""
     from aquifer.benchmarks.engines import Needs
-    from aquifer.benchmarks.generation import bench_throughput
+    from aquifer.benchmarks.generation import Decoding, bench_throughput
 
     try:
         counts = sorted({int(count) for count in contexts.split(",")})
@@ -163,8 +167,57 @@ def throughput(
     if counts[0] < 1:
         fail("--contexts begins with at least 1")
     subject = _subject(geometry, layers, device, weights)
-    needs = Needs(codec, tokens, counts[-1], new_tokens, on_device=True, device_bytes=gpu_kv_bytes)
-    _run(lambda: bench_throughput(subject, needs, repeat, _modes(mode), counts), json_file)
+    decoding = Decoding(_modes(mode), budget)
+    needs = Needs(codec, tokens, counts[-1], new_tokens, device_bytes=gpu_kv_bytes, indexed=decoding.selects)
+    _run(lambda: bench_throughput(subject, needs, decoding, repeat, counts), json_file)
+
+
+@bench.command()
+def longdoc(
+    geometry: Geometry = "reference",
+    layers: Layers = None,
+    codec: Codec = "aqua:2",
+    documents: Annotated[int, typer.Option(min=1)] = 8,
+    tokens: Annotated[int, typer.Option(min=256, help="of each document")] = 20_000,
+    new_tokens: NewTokens = 100,
+    in_flight: Annotated[int, typer.Option(min=1, help="questions out at the same time")] = 2,
+    path: Annotated[
+        list[str], typer.Option(help="may be repeated; default: all. See benchmarks/longdoc.py")
+    ] = [],  # noqa: B006
+    device: Device = "auto",
+    redis_url: RedisUrl = None,
+    weights: Weights = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Several long documents, each asked about twice: where the KV waits decides what the second costs."""
+    from aquifer.benchmarks.longdoc import PATHS, LongDocs, PathName, bench_longdoc
+
+    for name in path:
+        if name not in PATHS:
+            fail(f"no path {name!r}; there are {', '.join(PATHS)}")
+    paths = cast("list[PathName]", path) or PATHS
+    subject = _subject(geometry, layers, device, weights)
+    work = LongDocs(documents, tokens, new_tokens, in_flight)
+    _run(lambda: bench_longdoc(subject, work, codec, paths, redis_url), json_file)
+
+
+@bench.command("redis")
+def redis_speed(
+    geometry: Geometry = "reference",
+    layers: Layers = None,
+    codec: Codec = "aqua:2",
+    tokens: Tokens = 8192,
+    repeat: Repeat = 5,
+    device: Device = "auto",
+    redis_url: RedisUrl = None,
+    weights: Weights = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Records to Redis and back, against plain redis-py, and on to KV that is ready."""
+    from aquifer.benchmarks.redis_speed import bench_redis
+
+    subject = _subject(geometry, layers, device, weights)
+    _run(lambda: bench_redis(subject, codec, tokens, repeat, redis_url), json_file)
 
 
 def _modes(names: list[str]) -> list[KVMode]:

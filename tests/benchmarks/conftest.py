@@ -54,13 +54,19 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def bench(tiny: None, weights: Path) -> Callable[..., Outcome]:
-    """Run `aquifer bench` with these arguments on the tiny geometry, twice each contestant."""
+def bench_once(tiny: None, weights: Path) -> Callable[..., Outcome]:
+    """Run `aquifer bench` with these arguments on the tiny geometry."""
 
     def run(command: str, *arguments: str) -> Outcome:
-        flags = ["--geometry", "tiny", "--device", "cpu", "--weights", str(weights), "--repeat", "2"]
+        flags = ["--geometry", "tiny", "--device", "cpu", "--weights", str(weights)]
         result = CliRunner().invoke(app, ["bench", command, *flags, *arguments], catch_exceptions=False)
         assert result.exit_code == 0, result.output
         return Outcome(result.output, json.loads(result.stdout.splitlines()[-1]))
 
     return run
+
+
+@pytest.fixture
+def bench(bench_once: Callable[..., Outcome]) -> Callable[..., Outcome]:
+    """The same, with two runs of each contestant."""
+    return lambda command, *arguments: bench_once(command, "--repeat", "2", *arguments)

@@ -22,6 +22,16 @@ def test_prefill_stands_beside_its_peer_and_its_arithmetic(bench: Callable[..., 
     assert outcome.rows["prefill"]["times"] == 1.0
 
 
+def test_every_mode_of_decoding_can_be_measured(bench: Callable[..., Any]) -> None:
+    modes = ("resident", "streamed", "selective", "verified")
+    flags = [flag for mode in modes for flag in ("--mode", mode)]
+    outcome = bench("decode", "--tokens", "1024", "--new-tokens", "6", "--budget", "0.1", *flags)
+    assert set(modes) < set(outcome.rows)
+    assert 0 <= outcome.rows["selective"]["row_hit_percent"] <= 100
+    assert 0 <= outcome.rows["verified"]["accepted_percent"] <= 100
+    assert all(outcome.rows[mode]["device_kv_bytes"] > 0 for mode in modes)
+
+
 def test_decode_reports_modes_and_names_peers_that_cannot_run(bench: Callable[..., Any]) -> None:
     peers = ("hf-dynamic", "hf-offloaded", "hf-static-graph", "raw-copy")
     flags = [flag for peer in peers for flag in ("--peer", peer)]
@@ -44,7 +54,7 @@ def test_throughput_stops_where_memory_is_full(bench: Callable[..., Any], weight
     assert "resident, 3 contexts" in outcome.line["left_out"]
     two = outcome.rows["resident, 2 contexts"]
     assert two["tokens_per_second"] == pytest.approx(2 / two["seconds"])
-    assert two["resident_bytes"] <= 6 * page
+    assert 0 < two["device_kv_bytes"] <= 6 * page
 
 
 @pytest.mark.parametrize(
