@@ -189,6 +189,7 @@ def _heading(name: str) -> str:
         "seconds": "ms",
         "bytes": "MB",
         "gb_per_second": "GB/s",
+        "gflop_per_second": "GFLOP/s",
         "tokens_per_second": "tokens/s",
         "percent": "%",
     }

@@ -220,6 +220,37 @@ def redis_speed(
     _run(lambda: bench_redis(subject, codec, tokens, repeat, redis_url), json_file)
 
 
+@bench.command()
+def kernels(
+    geometry: Geometry = "reference",
+    layers: Layers = None,
+    tokens: Tokens = 8192,
+    repeat: Repeat = 20,
+    device: Device = "auto",
+    weights: Weights = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Every kernel alone, as a share of what this device can do."""
+    from aquifer.benchmarks.kernel_speed import bench_kernels
+
+    subject = _subject(geometry, layers, device, weights)
+    _run(lambda: bench_kernels(subject, tokens, repeat), json_file)
+
+
+@bench.command()
+def plot(
+    lines: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="written with --json")],
+    out: Annotated[Path, typer.Option(dir_okay=False, help="the picture, PNG")],
+) -> None:
+    """Draw the JSON lines of benchmarks."""
+    from aquifer.benchmarks import plots
+
+    try:
+        plots.plot(lines, out)
+    except (ValueError, ImportError) as error:
+        fail(str(error))
+
+
 def _modes(names: list[str]) -> list[KVMode]:
     from aquifer.server.engine.types import KVMode
 

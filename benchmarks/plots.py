@@ -1,0 +1,95 @@
+"""`aquifer bench plot`: the JSON lines of benchmarks as one picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_COLOURS = {"ours": "tab:blue", "peer": "tab:gray", "limit": "tab:green"}
+_INCHES = (9.0, 0.35, 1.1)
+"""Width of the picture; height of a bar; height of a panel's title and axis."""
+
+
+def plot(lines: Path, out: Path) -> None:
+    """One panel for each line of the file, in its order.
+
+    Throughput is drawn against the number of contexts, kernels as percent of their limit, everything
+    else as bars of time. Raises ValueError where the file holds no benchmark.
+    """
+    from matplotlib import pyplot
+
+    reports = _read(lines)
+    heights = [_INCHES[2] + _INCHES[1] * max(4, len(report["rows"])) for report in reports]
+    figure, panels = pyplot.subplots(
+        len(reports),
+        1,
+        figsize=(_INCHES[0], sum(heights)),
+        gridspec_kw={"height_ratios": heights},
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes, report in zip(panels[:, 0], reports, strict=True):
+        _panel(axes, report)
+    figure.savefig(out, dpi=120)
+    pyplot.close(figure)
+
+
+def _read(lines: Path) -> list[dict[str, Any]]:
+    reports = []
+    for number, line in enumerate(lines.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            report = json.loads(line)
+            if not report["rows"]:
+                continue
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{lines}:{number}: not the last line of a benchmark") from error
+        reports.append(report)
+    if not reports:
+        raise ValueError(f"{lines} holds no benchmark")
+    return reports
+
+
+def _panel(axes: Axes, report: dict[str, Any]) -> None:
+    setup = {key: value for key, value in report["setup"].items() if value is not None}
+    shown = ", ".join(f"{key} {value}" for key, value in setup.items() if key != "repeat")
+    axes.set_title(f"{report['benchmark']}: {shown}\n{report['hardware']}", fontsize=8, loc="left")
+    rows = report["rows"]
+    if report["benchmark"] == "throughput":
+        _lines(axes, rows)
+    elif report["benchmark"] == "kernels":
+        _bars(axes, rows, "of_limit_percent", "percent of the limit")
+    elif report["benchmark"] == "longdoc":
+        _bars(axes, rows, "ttft_p50_seconds", "seconds to the first token, median", logarithmic=True)
+    else:
+        _bars(axes, rows, "seconds", "seconds, median", logarithmic=True)
+
+
+def _bars(
+    axes: Axes, rows: Sequence[dict[str, Any]], figure: str, label: str, *, logarithmic: bool = False
+) -> None:
+    kept = [row for row in rows if figure in row["figures"]][::-1]
+    values = [row["figures"][figure] for row in kept]
+    names = [row["name"] if row["role"] == "ours" else f"{row['role']}: {row['name']}" for row in kept]
+    bars = axes.barh(names, values, color=[_COLOURS[row["role"]] for row in kept])
+    axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, fontsize=7)
+    axes.tick_params(labelsize=8)
+    axes.set_xlabel(label, fontsize=8)
+    axes.margins(x=0.12)
+    if logarithmic:
+        axes.set_xscale("log")
+
+
+def _lines(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    modes = list(dict.fromkeys(row["name"].partition(",")[0] for row in rows))
+    for mode in modes:
+        own = [row["figures"] for row in rows if row["name"].startswith(f"{mode},")]
+        points = [(figures["contexts"], figures["tokens_per_second"]) for figures in own]
+        axes.plot(*zip(*points, strict=True), marker="o", label=mode)
+    axes.set_xlabel("contexts answered at once", fontsize=8)
+    axes.set_ylabel("tokens per second", fontsize=8)
+    axes.legend(fontsize=8)
