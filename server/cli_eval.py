@@ -63,6 +63,10 @@ def evaluate(
     data: Data = None,
     batch: Annotated[int, typer.Option(min=1, help="prompts on the device together")] = 16,
     chat: Chat = False,
+    mode: Annotated[str, typer.Option(help="resident, streamed, selective, verified or auto")] = "resident",
+    budget: Annotated[
+        Optional[float], typer.Option(min=0.001, max=1.0, help="of the prompt, for selective and verified")
+    ] = None,
     json_file: Annotated[
         Optional[Path],
         typer.Option("--json", help="write the result, sample by sample"),
@@ -71,13 +75,27 @@ def evaluate(
     """Measure the quality of answers made from restored KV."""
     from typing import get_args
 
+    from aquifer.server.engine.types import KVMode
     from aquifer.server.logs import configure_logging
     from aquifer.workloads import evaluation
 
     configure_logging("error")
     if task not in get_args(evaluation.EvalTask):
         fail(f"no task {task!r}; there are {', '.join(get_args(evaluation.EvalTask))}")
-    plan = evaluation.EvalPlan(cast(evaluation.EvalTask, task), kv, tokens, samples, seed, data, batch, chat)
+    if mode not in get_args(KVMode):
+        fail(f"no mode {mode!r}; there are {', '.join(get_args(KVMode))}")
+    plan = evaluation.EvalPlan(
+        cast(evaluation.EvalTask, task),
+        kv,
+        tokens,
+        samples,
+        seed,
+        data,
+        batch,
+        chat,
+        cast(KVMode, mode),
+        budget,
+    )
     with progress_bar("{task.description}") as bar:
         shown = bar.add_task("loading", total=None)
 
@@ -157,6 +175,55 @@ def explain(
     except ValueError as error:
         fail(str(error))
     _print_repairs(summarize(_records(plan, settings, json_file)), swaps)
+
+
+@eval_app.command("modes")
+@takes_settings
+def compare_modes(
+    settings: Settings,
+    tasks: Tasks = "text2json,needles,table",
+    tokens: Tokens = 2048,
+    samples: Samples = 8,
+    seed: int = 1,
+    new_tokens: Annotated[
+        Optional[int], typer.Option(min=1, help="stop answers after so many; default: when they end")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="requests of one mode that run together")] = 4,
+    json_file: Annotated[
+        Optional[Path], typer.Option("--json", dir_okay=False, help="write the results")
+    ] = None,
+) -> None:
+    """Compare the service's decode modes: same tokens? how many drafts accepted? how much device memory?"""
+    from aquifer.server.logs import configure_logging
+    from aquifer.workloads import modes
+
+    configure_logging("error")
+    with progress_bar("{task.description}") as bar:
+        shown = bar.add_task("loading", total=None)
+
+        def show(what: str, done: int, total: int) -> None:
+            bar.update(shown, description=what, completed=done, total=total)
+
+        try:
+            plan = modes.ModesPlan(_tasks(tasks), tokens, samples, seed, new_tokens, batch)
+            results = modes.compare_modes(plan, settings, show)
+        except (ValueError, OSError, RuntimeError) as error:
+            fail(str(error))
+    if json_file is not None:
+        modes.write_results(results, json_file)
+    columns = ("mode", "identical", "tokens", "score", "accepted", "checks/token", "device bytes/token")
+    table = Table(*columns, box=None)
+    for result in results:
+        table.add_row(
+            result.mode,
+            f"{result.identical} of {result.prompts}",
+            f"{result.generated_tokens:,}",
+            "" if result.score is None else f"{result.score:.1f}",
+            "" if result.accepted is None else f"{result.accepted:.1%}",
+            "" if result.checks_per_token is None else f"{result.checks_per_token:.3f}",
+            ", ".join(f"{use} {count:,.0f}" for use, count in result.device_bytes_per_token.items()),
+        )
+    _output().print(table)
 
 
 def _tasks(names: str) -> tuple[TaskName, ...]:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from aquifer.compression.spec import SEGMENT_TOKENS
 from aquifer.server.engine.build import build_engine, load_tokenizer
 from aquifer.server.engine.engine import Engine
-from aquifer.server.engine.types import FinishedEvent, GenerateRequest, SamplingParams
+from aquifer.server.engine.types import FinishedEvent, GenerateRequest, KVMode, SamplingParams
 from aquifer.server.metrics import Metrics
 from aquifer.server.settings import Settings
 from aquifer.server.tokenization import Tokenizer
@@ -39,7 +39,8 @@ _ANSWER_MARGIN = 1.5
 @dataclass(frozen=True)
 class EvalPlan:
     """What to measure. data: a JSON Lines file with `problem` and `answer` instead of generated samples.
-    tokens: prompt length of generated samples. batch: prompts that are on the device together."""
+    tokens: prompt length of generated samples. batch: prompts that are on the device together.
+    mode, budget: how answers are decoded, as in a request; `perplexity` reads the whole cache in any mode."""
 
     task: EvalTask
     kv: str
@@ -49,16 +50,23 @@ class EvalPlan:
     data: Path | None = None
     batch: int = 16
     chat: bool = False
+    mode: KVMode = "resident"
+    budget: float | None = None
 
 
 @dataclass(frozen=True)
 class EvalResult:
     """score: 0..100 (tasks with generated answers). nll: mean negative log likelihood of the expected
-    answers' tokens, in nats (perplexity). bits_per_value: of the KV the answers were made from.
-    restored_tokens: prompt tokens that came from the store, all samples together."""
+    answers' tokens, in nats (perplexity). mode: how the answers were decoded.
+    bits_per_value: of the KV the answers were made from.
+    restored_tokens: prompt tokens that came from the store, all samples together.
+    accepted_drafts: share of the drafted tokens (mode verified).
+    checks_per_token: passes over the whole cache per generated token (mode verified).
+    """
 
     task: str
     kv: str
+    mode: str
     model: str
     device: str
     samples: int
@@ -69,6 +77,8 @@ class EvalResult:
     prompt_tokens: int
     restored_tokens: int
     generated_tokens: int
+    accepted_drafts: float | None
+    checks_per_token: float | None
     sample_scores: list[float]
 
 
@@ -162,12 +172,13 @@ def _answer(
         batch = items[start : start + plan.batch]
         if plan.kv != "full":
             progress("storing", start, len(items))
-            engine.generate([_request(f"store-{n}", item, room=0) for n, item in enumerate(batch, start)])
+            stores = [_request(f"store-{n}", item, plan, room=0) for n, item in enumerate(batch, start)]
+            engine.generate(stores)
             if not engine.flush(timeout=600):
                 raise RuntimeError("the store did not take the batch within ten minutes")
         progress("answering", start, len(items))
         asked = [
-            _request(f"ask-{n}", item, room=answer_room(item), score=plan.task == "perplexity")
+            _request(f"ask-{n}", item, plan, room=answer_room(item), score=plan.task == "perplexity")
             for n, item in enumerate(batch, start)
         ]
         finished = engine.generate(asked)
@@ -185,13 +196,15 @@ def _answer(
     progress("done", len(items), len(items))
 
 
-def _request(name: str, item: Item, *, room: int, score: bool = False) -> GenerateRequest:
+def _request(name: str, item: Item, plan: EvalPlan, *, room: int, score: bool = False) -> GenerateRequest:
     return GenerateRequest(
         request_id=name,
         token_ids=item.prompt,
         sampling=SamplingParams(max_new_tokens=0 if score else room),
         score_ids=item.answer_ids if score else (),
         store=room == 0,
+        mode=plan.mode if room else "resident",
+        budget=plan.budget,
     )
 
 
@@ -212,10 +225,14 @@ def _result(
         score = 100 * sum(scores) / len(scores)
     stored = sum(event.kv.stored_bytes for event in finished)
     raw = sum(event.kv.raw_bytes for event in finished)
+    drafts = [event.drafts for event in finished if event.drafts]
+    drafted = sum(counts.drafted for counts in drafts)
+    generated = sum(event.generated_tokens for event in finished)
     raw_bits = 32 if engine.info.dtype == "float32" else 16
     return EvalResult(
         task=plan.task,
         kv=plan.kv,
+        mode=finished[0].kv.mode,
         model=settings.model,
         device=engine.info.device,
         samples=len(items),
@@ -225,7 +242,9 @@ def _result(
         bits_per_value=raw_bits if plan.kv == "full" or not raw else raw_bits * stored / raw,
         prompt_tokens=sum(event.prompt_tokens for event in finished),
         restored_tokens=sum(event.cached.total for event in finished),
-        generated_tokens=sum(event.generated_tokens for event in finished),
+        generated_tokens=generated,
+        accepted_drafts=sum(counts.accepted for counts in drafts) / drafted if drafted else None,
+        checks_per_token=sum(counts.checks for counts in drafts) / generated if drafts else None,
         sample_scores=scores,
     )
 
