@@ -80,6 +80,9 @@ class Settings(BaseSettings):
         ge=0,
         description="host memory for the rows that selective and verified requests fetch; 0: neither mode",
     )
+    selective_gpu_share: float = Field(
+        0.125, ge=0, lt=1, description="of the device bytes for KV, at most, for the landmarks of those rows"
+    )
     selective_budget: float = Field(
         0.05, gt=0, le=1, description="share of the prompt that selective attention reads"
     )

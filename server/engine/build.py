@@ -39,9 +39,6 @@ _CPU_KV_BYTES = 2 * GIB
 _CUDA_FREE_SHARE = 0.85
 """Of the memory free after loading: the rest is for activations, logits and the codec's staging."""
 
-_INDEX_SHARE = 0.25
-"""Of the device's KV bytes, at most, for landmarks. They describe fifteen times their size in KV."""
-
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -75,8 +72,9 @@ def build_engine(settings: Settings, metrics: Metrics) -> Engine:
         )
     token_codec, means_note = _token_codec(settings, loaded)
     kv_bytes = _device_kv_bytes(settings, adapter.device)
-    num_index_pages = index_pages(token_codec, settings.selective_ram_bytes, int(kv_bytes * _INDEX_SHARE))
-    index = IndexPool(token_codec, num_index_pages, adapter.device, keep=settings.gpu_cache)
+    landmark_bytes = int(kv_bytes * settings.selective_gpu_share)
+    num_pages = index_pages(token_codec, settings.selective_ram_bytes, landmark_bytes)
+    index = IndexPool(token_codec, num_pages, adapter.device, keep=settings.gpu_cache)
     pool = PagePool(adapter.spec, kv_bytes - index.capacity_bytes, adapter.device, keep=settings.gpu_cache)
     info = EngineInfo(
         model=settings.served_model_name or settings.model,

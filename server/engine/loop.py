@@ -56,9 +56,9 @@ class StepLoop:
         self._parts, self._admission, self._post = parts, admission, post
         self._limits, self._metrics = parts.limits, parts.metrics
         self._runner = ModelRunner(parts.adapter, parts.pool)
-        self._reader = SegmentReader(parts.adapter, parts.codec, parts.raw)
+        self._reader = SegmentReader(parts.adapter, parts.codec, parts.raw, parts.metrics)
         self._fetcher = Fetcher(parts.codec, parts.raw, parts.store, parts.gate)
-        self._restorer = Restorer(self._reader, parts.pool, parts.metrics)
+        self._restorer = Restorer(self._reader, parts.pool)
         self._writer = SegmentWriter(parts.codec, parts.raw, parts.store, parts.metrics)
         self._requests: dict[str, RequestState] = {}
         self._waiting: deque[RequestState] = deque()

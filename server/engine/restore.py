@@ -11,7 +11,6 @@ from aquifer.compression.spec import SEGMENT_TOKENS
 from aquifer.server.engine.fetch import StoredSegment
 from aquifer.server.engine.pages import BlockTable, PagePool
 from aquifer.server.engine.streams import SegmentReader
-from aquifer.server.metrics import Metrics
 
 GROUP_SEGMENTS = 32
 """Segments decoded in one pass: 8,192 tokens fill a GPU's GEMMs; running answers wait for one group."""
@@ -20,10 +19,9 @@ GROUP_SEGMENTS = 32
 class Restorer:
     """Decodes stored segments into pages."""
 
-    def __init__(self, reader: SegmentReader, pool: PagePool, metrics: Metrics) -> None:
+    def __init__(self, reader: SegmentReader, pool: PagePool) -> None:
         self._reader = reader
         self._pool = pool
-        self._metrics = metrics
 
     def restore(self, segments: Sequence[StoredSegment], table: BlockTable) -> None:
         """Write the KV of these segments, in ascending order, into the table's pages."""
@@ -36,5 +34,5 @@ class Restorer:
         if device.type == "cuda":
             # So that the time below is that of the arithmetic, not of its launch.
             torch.cuda.synchronize(device)
-        self._metrics.codec_tokens.labels(op="decode").inc(len(segments) * SEGMENT_TOKENS)
-        self._metrics.codec_seconds.labels(op="decode").inc(time.perf_counter() - started)
+        self._reader.metrics.codec_tokens.labels(op="decode").inc(len(segments) * SEGMENT_TOKENS)
+        self._reader.metrics.codec_seconds.labels(op="decode").inc(time.perf_counter() - started)

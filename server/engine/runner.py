@@ -141,6 +141,7 @@ class PagedCache:
         if absent:
             assert self._reader is not None
             stream = self._reader.open([self.host[index] for index in absent])
+            self._reader.metrics.fetched_bytes.labels(mode="streamed").inc(stream.fetched_bytes)
         slots = [table.slot(at) for at in range(start, start + count)]
         return PagedPass(self._pool, slots, past, stream, causal=causal)
 

@@ -21,6 +21,7 @@ from aquifer.compression.spec import SINK_TOKENS
 from aquifer.kernels.rope import apply_rope
 from aquifer.server.engine.fetch import StoredRecord, StoredSegment
 from aquifer.server.engine.records import segment_span
+from aquifer.server.metrics import Metrics
 from aquifer.server.models.adapter import DecoderAdapter
 
 
@@ -31,6 +32,7 @@ class SegmentReader:
     adapter: DecoderAdapter
     codec: Codec
     raw: Codec
+    metrics: Metrics
 
     def open(self, segments: Sequence[StoredSegment], *, sinks_only: bool = False) -> SegmentStream:
         """segments: ascending, at least one. sinks_only: of the first segment, which must be number 0."""
@@ -61,6 +63,11 @@ class SegmentStream:
         self._cos, self._sin = adapter.rope_table(positions)
 
     @property
+    def fetched_bytes(self) -> int:
+        """Bytes of the records, all layers."""
+        return sum(part.num_bytes for part in self._parts)
+
+    @property
     def staging_bytes(self) -> int:
         """About what a layer in work takes on the device besides its bytes: chain state, keys, values."""
         return 2 * self.num_tokens * 2 * self._spec.channels * self._spec.dtype.itemsize
@@ -83,6 +90,7 @@ class _RecordLayers:
     def __init__(
         self, codec: Codec, records: Sequence[StoredRecord], counts: Sequence[int], device: torch.device
     ) -> None:
+        self.num_bytes = sum(record.body.nbytes for record in records)
         self._decoder = codec.decoder(counts, device)
         layers = range(codec.spec.num_layers)
         sizes = {count: [codec.layer_bytes(layer, count) for layer in layers] for count in set(counts)}
