@@ -34,7 +34,7 @@ LAYER_ALIGNMENT = 16
 LAYOUT_VERSION = 2
 SCALE_BYTES = 2
 
-CPU_BLOCK_VALUES = 1 << 18
+CPU_BLOCK_VALUES = 1 << 19
 """On a CPU, rows run through a layer in blocks of this many values per half, so that they stay in cache."""
 
 
