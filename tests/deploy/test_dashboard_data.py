@@ -59,12 +59,13 @@ def idle(query: Query, expressions: dict[str, str]) -> dict[str, list[dict[str, 
 def busy(
     idle: dict[str, list[dict[str, Any]]], service: str, query: Query, expressions: dict[str, str]
 ) -> dict[str, list[dict[str, Any]]]:
-    """The answers after one cold, one warm and one streamed question about the same document."""
+    """The answers after questions about one document: cold, warm, in a mode off the device, and streamed."""
     document = "".join(f"Order {n}: {n * 7 % 90} crates from dock {n % 12}.\n" for n in range(60))
     with httpx.Client(base_url=service, timeout=120) as client:
         for question in ("Which dock ships order 7?", "How many crates are in order 9?"):
             body = {"document": document, "inputs": question, "parameters": {"max_new_tokens": 8}}
             client.post("/generate", json=body).raise_for_status()
+        client.post("/generate", json=body | {"kv": {"mode": "verified"}}).raise_for_status()
         body["parameters"]["max_new_tokens"] = 12
         with client.stream("POST", "/generate_stream", json=body) as stream:
             assert any(line.startswith("data:") for line in stream.iter_lines())
