@@ -45,11 +45,22 @@ class Client:
         document: str | None = None,
         document_id: str | None = None,
         sampling: Sampling = Sampling(),
+        mode: str | None = None,
+        budget: float | None = None,
         cache_salt: str | None = None,
     ) -> Answer:
-        """Ask about a document: its text, or the id of one that was read before."""
+        """Ask about a document: its text, or the id of one that was read before.
+
+        mode, budget: how its KV is read while answering, as in the `kv` of a request; None: the server's way.
+        """
         body = protocol.generate_body(
-            inputs, document=document, document_id=document_id, sampling=sampling, cache_salt=cache_salt
+            inputs,
+            document=document,
+            document_id=document_id,
+            sampling=sampling,
+            mode=mode,
+            budget=budget,
+            cache_salt=cache_salt,
         )
         data = self._call("POST", "/generate", body)
         return answer_from(data["generated_text"], data["details"])
@@ -61,6 +72,8 @@ class Client:
         document: str | None = None,
         document_id: str | None = None,
         sampling: Sampling = Sampling(),
+        mode: str | None = None,
+        budget: float | None = None,
         cache_salt: str | None = None,
         progress: bool = False,
     ) -> Iterator[StreamItem]:
@@ -73,6 +86,8 @@ class Client:
             document=document,
             document_id=document_id,
             sampling=sampling,
+            mode=mode,
+            budget=budget,
             cache_salt=cache_salt,
             stream_progress=progress,
         )
@@ -172,11 +187,19 @@ class AsyncClient:
         document: str | None = None,
         document_id: str | None = None,
         sampling: Sampling = Sampling(),
+        mode: str | None = None,
+        budget: float | None = None,
         cache_salt: str | None = None,
     ) -> Answer:
         """Ask about a document: its text, or the id of one that was read before."""
         body = protocol.generate_body(
-            inputs, document=document, document_id=document_id, sampling=sampling, cache_salt=cache_salt
+            inputs,
+            document=document,
+            document_id=document_id,
+            sampling=sampling,
+            mode=mode,
+            budget=budget,
+            cache_salt=cache_salt,
         )
         data = await self._call("POST", "/generate", body)
         return answer_from(data["generated_text"], data["details"])
@@ -188,6 +211,8 @@ class AsyncClient:
         document: str | None = None,
         document_id: str | None = None,
         sampling: Sampling = Sampling(),
+        mode: str | None = None,
+        budget: float | None = None,
         cache_salt: str | None = None,
         progress: bool = False,
     ) -> AsyncIterator[StreamItem]:
@@ -197,6 +222,8 @@ class AsyncClient:
             document=document,
             document_id=document_id,
             sampling=sampling,
+            mode=mode,
+            budget=budget,
             cache_salt=cache_salt,
             stream_progress=progress,
         )

@@ -43,9 +43,12 @@ def generate_body(
     document: str | None,
     document_id: str | None,
     sampling: Sampling,
+    mode: str | None,
+    budget: float | None,
     cache_salt: str | None,
     stream_progress: bool = False,
 ) -> dict[str, Any]:
+    kv = {name: value for name, value in (("mode", mode), ("budget", budget)) if value is not None}
     parameters = {name: value for name, value in vars(sampling).items() if value is not None}
     parameters["stop"] = list(sampling.stop)
     body = {
@@ -53,6 +56,7 @@ def generate_body(
         "document": document,
         "document_id": document_id,
         "parameters": parameters,
+        "kv": kv or None,
         "cache_salt": cache_salt,
         "stream_progress": stream_progress,
     }

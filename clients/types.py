@@ -44,6 +44,15 @@ class KVUsage:
 
 
 @dataclass(frozen=True)
+class Drafts:
+    """What mode `verified` did. checks: passes over the whole cache."""
+
+    drafted: int
+    accepted: int
+    checks: int
+
+
+@dataclass(frozen=True)
 class Timings:
     """Seconds. ttft_seconds counts from the end of tokenization to the first token."""
 
@@ -57,7 +66,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole answer. tokens: empty when the answer was streamed."""
+    """A whole answer. tokens: empty when the answer was streamed. drafts: of mode `verified` only."""
 
     text: str
     finish_reason: FinishReason
@@ -67,6 +76,7 @@ class Answer:
     kv: KVUsage
     timings: Timings
     seed: int | None
+    drafts: Drafts | None = None
     tokens: tuple[Token, ...] = ()
 
 
@@ -132,6 +142,7 @@ def answer_from(generated_text: str, details: Mapping[str, Any]) -> Answer:
         kv=KVUsage(**details["kv"]),
         timings=Timings(**details["timings"]),
         seed=details["seed"],
+        drafts=Drafts(**details["drafts"]) if details["drafts"] else None,
         tokens=tuple(Token(**token) for token in details.get("tokens", ())),
     )
 

@@ -12,6 +12,8 @@ from redis_server import RedisServer
 from service_process import ServiceProcess, document, plain_answer
 from transformers import PreTrainedModel
 
+from aquifer.clients import Sampling
+
 QUESTION = "What is the lightest crate?"
 TEXT = document("modes", num_tokens=2600)
 NEW_TOKENS = 24
@@ -47,6 +49,26 @@ def test_exact_modes_answer_like_plain_generate(
         else:
             assert details["drafts"]["accepted"] <= details["drafts"]["drafted"]
             assert 1 <= details["drafts"]["checks"] <= NEW_TOKENS
+
+
+def test_the_client_asks_for_a_mode_and_sees_what_it_did(service: ServiceProcess) -> None:
+    sampling = Sampling(max_new_tokens=NEW_TOKENS)
+    verified = service.client.generate(
+        QUESTION, document=TEXT, sampling=sampling, mode="verified", budget=0.1
+    )
+    assert verified.kv.mode == "verified"
+    assert verified.drafts is not None and verified.drafts.checks > 0
+    streamed = service.client.generate(QUESTION, document=TEXT, sampling=sampling, mode="streamed")
+    assert (streamed.text, streamed.drafts) == (verified.text, None)
+
+
+def test_a_document_larger_than_the_device_can_be_read_ahead(service: ServiceProcess) -> None:
+    text = document("read ahead", num_tokens=2600)
+    kept = service.client.read(text, document_id="large", wait=True)
+    assert kept.status == "ready"
+    answer = service.client.generate(QUESTION, document_id="large", sampling=Sampling(max_new_tokens=4))
+    assert answer.kv.mode == "verified"
+    assert answer.cached_tokens.ram >= 2560
 
 
 def test_selective_reads_a_part_and_says_what_it_fetched(service: ServiceProcess) -> None:
