@@ -175,6 +175,8 @@ class StepLoop:
             return
         state.fetch_seconds = fetched.seconds
         state.plan_reading(fetched.segments, fetched.known)
+        for index in list(state.cache.host):
+            self._unclaim(state, index)
         self._reading.append(state)
 
     # Reading a prompt
@@ -277,6 +279,9 @@ class StepLoop:
         self._unclaim(state, index)
 
     def _unclaim(self, state: RequestState, index: int) -> None:
+        """Let others start that need this segment, if all that this request makes of it is there."""
+        if index in state.unindexed:
+            return
         key = state.keys.segments[index]
         if self._claims.get(key) is state:
             del self._claims[key]
@@ -289,6 +294,7 @@ class StepLoop:
         build_index(index, pages, group, state.cache, self._reader)
         for number in group:
             index.register(pages[number], state.keys.segments[number])
+            self._unclaim(state, number)
         state.restore_seconds += time.perf_counter() - started
 
     def _score(self, state: RequestState, start: int, hidden: Tensor) -> None:

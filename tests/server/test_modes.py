@@ -143,6 +143,25 @@ def test_two_users_of_one_document_share_its_landmarks(make_engine: MakeEngine) 
     assert engine.load().device_bytes["landmarks"] == 4 * page
 
 
+def test_a_stored_document_is_streamed_to_several_users_at_once(make_engine: MakeEngine) -> None:
+    engine = make_engine(tiny_model("llama"), pages=12, keep=False)
+    document = prompt(12, 1024)
+    answer(engine, ask(document + prompt(13, 20), "streamed"))
+    running: list[int] = []
+    over = threading.Semaphore(0)
+
+    def sink(event: Event) -> None:
+        if isinstance(event, TokenEvent):
+            running.append(engine.load().running)
+        if isinstance(event, FinishedEvent | FailedEvent):
+            over.release()
+
+    for user in range(3):
+        engine.submit(ask(document + prompt(70 + user, 20), "streamed", 30), sink)
+    assert all(over.acquire(timeout=60) for _ in range(3))
+    assert max(running) == 3
+
+
 @pytest.mark.parametrize("mode", OFF_DEVICE)
 def test_holes_are_recomputed(mode: KVMode, make_engine: MakeEngine) -> None:
     model = tiny_model("qwen3")
