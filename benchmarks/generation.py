@@ -23,6 +23,8 @@ Prompt = tuple[int, ...]
 QUESTION_TOKENS = 16
 """Computed behind a context before an answer begins."""
 
+_RANDOM_KV = "contexts are random KV: row hits and accepted drafts are not those of a text"
+
 _DECODING_PEERS: tuple[PeerName, ...] = ("hf-dynamic", "hf-offloaded", "hf-quanto", "hf-static-graph")
 
 
@@ -71,6 +73,7 @@ def bench_decode(
     """
     check_whole(needs.tokens)
     report = new_report("decode", subject, **_described(needs, decoding), repeat=repeat)
+    report.notes.append(_RANDOM_KV)
     limits, metrics = measure_limits(subject), Metrics()
     with engine_for(subject, needs, metrics) as engine:
         prompts = _plant_all(engine, subject, needs)
@@ -106,6 +109,7 @@ def bench_throughput(
     """
     check_whole(needs.tokens)
     report = new_report("throughput", subject, **_described(needs, decoding), repeat=repeat)
+    report.notes.append(_RANDOM_KV)
     metrics = Metrics()
     with engine_for(subject, needs, metrics) as engine:
         prompts = _plant_all(engine, subject, needs)

@@ -29,6 +29,9 @@ Role = Literal["ours", "peer", "limit"]
 Run = Callable[[], float]
 """One run of one contestant; returns the seconds it took. What it prepares outside of them is not counted."""
 
+_BUSY_SHARE = 0.5
+"""Of the cores: with more of them at work before a benchmark begins, its times are not its own."""
+
 _FILE_WIDTH = 160
 """Columns of a table that does not go to a terminal."""
 
@@ -71,6 +74,14 @@ class Report:
     left_out: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     load_average: float = field(default_factory=lambda: os.getloadavg()[0])
+
+    def __post_init__(self) -> None:
+        cores = os.cpu_count() or 1
+        if self.load_average > _BUSY_SHARE * cores:
+            self.notes.append(
+                f"other jobs were running (load average {self.load_average:.1f} on {cores} cores): "
+                "trust ratios, not times"
+            )
 
     def measure(self, contestants: Sequence[Contestant], repeat: int) -> dict[str, Row]:
         """Run the contestants in turn, `repeat` times after one run to warm up, and add a row for each:

@@ -76,3 +76,8 @@ def test_making_fresh_data_is_not_timed() -> None:
 
     seconds = clocked_fresh(torch.device("cpu"), prepare)()  # type: ignore[arg-type]
     assert made and seconds < 0.01
+
+
+@pytest.mark.parametrize(("load", "busy"), [(0.0, False), (1000.0, True)])
+def test_a_busy_machine_is_pointed_out(load: float, busy: bool) -> None:
+    assert bool(Report("test", {}, load_average=load).notes) is busy
