@@ -9,30 +9,25 @@ most. A loop belongs to one thread, the engine's.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import structlog
-import torch
-from torch import Tensor
 
-from aquifer.cachestore.keys import SegmentKey
-from aquifer.compression.spec import SEGMENT_TOKENS
 from aquifer.server.engine.admission import Admission
 from aquifer.server.engine.decoding import OneByOne, Verified
-from aquifer.server.engine.fetch import Fetched, Fetcher, StoredSegment
+from aquifer.server.engine.fetch import Fetched, Fetcher
 from aquifer.server.engine.parts import EngineParts
+from aquifer.server.engine.reading import Claims, PromptReader
 from aquifer.server.engine.records import prompt_usage
-from aquifer.server.engine.restore import GROUP_SEGMENTS, Restorer
-from aquifer.server.engine.runner import LayerKV, ModelRunner, PagedCache
+from aquifer.server.engine.runner import ModelRunner, PagedCache
 from aquifer.server.engine.sampling import Choice
-from aquifer.server.engine.selective import SelectiveCache, build_index, fill_sinks
+from aquifer.server.engine.selective import SelectiveCache, fill_sinks
 from aquifer.server.engine.state import Phase, RequestState
 from aquifer.server.engine.streams import SegmentReader
 from aquifer.server.engine.types import FailedEvent, FinishReason
-from aquifer.server.engine.writer import SegmentWriter, split_segments
+from aquifer.server.engine.writer import SegmentWriter
 
 log = structlog.get_logger(__name__)
 
@@ -41,9 +36,6 @@ _WRITE_BATCH = 8
 
 _MAX_BACKLOG = 128
 """Segments waiting to be encoded before reading a prompt has to wait for them; bounds memory."""
-
-_SCORE_ROWS = 256
-"""Positions whose full logits exist at once while scoring."""
 
 
 class StepLoop:
@@ -58,13 +50,15 @@ class StepLoop:
         self._runner = ModelRunner(parts.adapter, parts.pool)
         self._reader = SegmentReader(parts.adapter, parts.codec, parts.raw, parts.metrics)
         self._fetcher = Fetcher(parts.codec, parts.raw, parts.store, parts.gate)
-        self._restorer = Restorer(self._reader, parts.pool)
         self._writer = SegmentWriter(parts.codec, parts.raw, parts.store, parts.metrics)
+        self._claims = Claims()
+        self._prompts = PromptReader(
+            parts, self._runner, self._reader, self._writer, self._claims, self._written
+        )
         self._requests: dict[str, RequestState] = {}
         self._waiting: deque[RequestState] = deque()
         self._reading: deque[RequestState] = deque()
         self._decoding: list[RequestState] = []
-        self._claims: dict[SegmentKey, RequestState] = {}  # segments that a request is producing
         self._fetch_threads = ThreadPoolExecutor(2, thread_name_prefix="aquifer-fetch")
 
     @property
@@ -132,7 +126,7 @@ class StepLoop:
             if self.num_running >= self._limits.max_running:
                 break
             wanted = state.keys.segments[: state.plan.segments]
-            if any(key in self._claims for key in wanted):
+            if self._claims.any_of(wanted):
                 continue
             room = self._admission.admit(state.plan, wanted)
             if room is None:
@@ -159,9 +153,7 @@ class StepLoop:
         """Ask the tiers for what is not on the device; nothing waits for the answer."""
         state.phase = Phase.FETCHING
         self._metrics.request_queue_seconds.observe(state.queue_seconds)
-        claimed = [*state.missing, *range(state.plan.segments, len(state.keys.segments))]
-        for index in claimed:
-            self._claims.setdefault(state.keys.segments[index], state)
+        self._claims.add(state)
         if not state.missing:
             self._fetched(state, Fetched([], set(), 0.0))
             return
@@ -176,7 +168,7 @@ class StepLoop:
         state.fetch_seconds = fetched.seconds
         state.plan_reading(fetched.segments, fetched.known)
         for index in list(state.cache.host):
-            self._unclaim(state, index)
+            self._claims.drop(state, index)
         self._reading.append(state)
 
     # Reading a prompt
@@ -188,12 +180,7 @@ class StepLoop:
             return
         state = self._reading.popleft()
         try:
-            if state.restores:
-                self._restore_group(state)
-            elif state.ranges:
-                self._compute_chunk(state)
-            elif state.unindexed:
-                self._index_group(state)
+            self._prompts.advance(state)
             if state.phase is Phase.READING:
                 self._went_on(state)
         except Exception as error:
@@ -215,99 +202,6 @@ class StepLoop:
                 self._emit(state, [state.first_choice])
         if state.phase is Phase.READING and not state.unindexed:
             self._reading_done(state)
-
-    def _restore_group(self, state: RequestState) -> None:
-        started = time.perf_counter()
-        group = [state.restores.popleft() for _ in range(min(GROUP_SEGMENTS, len(state.restores)))]
-        try:
-            self._restorer.restore(group, state.cache.table)
-        finally:
-            for segment in group:
-                segment.release()
-        for segment in group:
-            self._share(state, segment.index)
-        seconds = time.perf_counter() - started
-        state.restore_seconds += seconds
-        if len({segment.tier for segment in group}) == 1:
-            fetch_share = state.fetch_seconds * len(group) / max(1, len(state.missing))
-            self._parts.gate.measured(group[0].tier, len(group) * SEGMENT_TOKENS, seconds + fetch_share)
-
-    def _compute_chunk(self, state: RequestState) -> None:
-        started = time.perf_counter()
-        start, stop = state.next_chunk(self._limits.chunk_tokens)
-        hidden, kv = self._runner.prefill(state.inputs[start:stop], start, state.cache)
-        self._keep_segments(state, start, stop, kv)
-        logits = None
-        if state.request.score_ids:
-            self._score(state, start, hidden)
-        elif not state.ranges and not state.request.prompt_only:
-            # Reading the logits also waits for the device, so the chunk's time below is its own.
-            logits = self._runner.logits(hidden[-1:]).cpu()
-        elif hidden.is_cuda:
-            torch.cuda.synchronize(hidden.device)
-        seconds = time.perf_counter() - started
-        state.prefill_seconds += seconds
-        if logits is None:
-            self._parts.gate.measured("computed", stop - start, seconds)
-        else:
-            state.first_choice = state.sampler.choose(logits[0])
-
-    def _keep_segments(self, state: RequestState, start: int, stop: int, kv: LayerKV) -> None:
-        """Share the prompt's segments that this chunk completed, and queue them for the tiers. What has
-        no page goes there at once: the next chunk reads it from there."""
-        segments = state.keys.segments
-        complete = range(start // SEGMENT_TOKENS, min(stop // SEGMENT_TOKENS, len(segments)))
-        paged = [index for index in complete if state.cache.table.pages[index] is not None]
-        for index in complete:
-            if index in paged:
-                self._share(state, index)
-                continue
-            jobs = split_segments(kv, start, [(index, segments[index])], state.keys.sinks)
-            records = self._writer.store_now(jobs, keep=state.request.store)
-            state.cache.host[index] = StoredSegment(index, records[-1], *records[:-1])
-            self._unclaim(state, index)
-        if state.request.store:
-            wanted = [(index, segments[index]) for index in paged if index not in state.known]
-            jobs = split_segments(kv, start, wanted, state.keys.sinks)
-            state.writes_pending += len(jobs)
-            self._writer.add(jobs, lambda: self._written(state))
-
-    def _share(self, state: RequestState, index: int) -> None:
-        page = state.cache.table.pages[index]
-        assert page is not None
-        self._parts.pool.register(page, state.keys.segments[index])
-        self._unclaim(state, index)
-
-    def _unclaim(self, state: RequestState, index: int) -> None:
-        """Let others start that need this segment, if all that this request makes of it is there."""
-        if index in state.unindexed:
-            return
-        key = state.keys.segments[index]
-        if self._claims.get(key) is state:
-            del self._claims[key]
-
-    def _index_group(self, state: RequestState) -> None:
-        """Make some segments of the document selectable."""
-        started = time.perf_counter()
-        index, pages = self._parts.index, state.room.index_pages
-        group = [state.unindexed.popleft() for _ in range(min(GROUP_SEGMENTS, len(state.unindexed)))]
-        build_index(index, pages, group, state.cache, self._reader)
-        for number in group:
-            index.register(pages[number], state.keys.segments[number])
-            self._unclaim(state, number)
-        state.restore_seconds += time.perf_counter() - started
-
-    def _score(self, state: RequestState, start: int, hidden: Tensor) -> None:
-        """Log probabilities of the scored tokens that this chunk predicts. hidden: [T, hidden] at start.."""
-        last = len(state.request.token_ids) - 1  # the position that predicts the first scored token
-        first = max(0, last - start)
-        scored = start + first - last
-        targets = state.request.score_ids[scored : scored + max(0, hidden.shape[0] - first)]
-        for at in range(0, len(targets), _SCORE_ROWS):
-            ids = torch.tensor(targets[at : at + _SCORE_ROWS], device=hidden.device)
-            logits = self._runner.logits(hidden[first + at : first + at + len(ids)])
-            logprobs = logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(-1)
-            state.score_logprobs += logprobs.tolist()
 
     def _reading_done(self, state: RequestState) -> None:
         """The prompt stands; go on to answering, or to storing if there is no answer."""
@@ -411,8 +305,7 @@ class StepLoop:
         for segment in state.restores:
             segment.release()
         state.restores.clear()
-        for key in [key for key, owner in self._claims.items() if owner is state]:
-            del self._claims[key]
+        self._claims.drop_all(state)
         if running:
             state.cache.release()
             self._admission.release(state.room)

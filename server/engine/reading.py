@@ -1,0 +1,169 @@
+"""Reading a prompt, step by step: restore what is stored, compute the rest, keep what was computed.
+
+One step is a group of restored segments, a chunk of prefill, or a group of segments made selectable, so that
+other requests wait for no more than that.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from aquifer.cachestore.keys import SegmentKey
+from aquifer.compression.spec import SEGMENT_TOKENS
+from aquifer.server.engine.fetch import StoredSegment
+from aquifer.server.engine.parts import EngineParts
+from aquifer.server.engine.restore import GROUP_SEGMENTS, Restorer
+from aquifer.server.engine.runner import LayerKV, ModelRunner
+from aquifer.server.engine.selective import build_index
+from aquifer.server.engine.state import RequestState
+from aquifer.server.engine.streams import SegmentReader
+from aquifer.server.engine.writer import SegmentWriter, split_segments
+
+_SCORE_ROWS = 256
+"""Positions whose full logits exist at once while scoring."""
+
+
+class Claims:
+    """Segments that a request is producing right now. Others that need them wait, and share them then."""
+
+    def __init__(self) -> None:
+        self._owners: dict[SegmentKey, RequestState] = {}
+
+    def any_of(self, keys: Sequence[SegmentKey]) -> bool:
+        """Whether some request is producing one of these."""
+        return any(key in self._owners for key in keys)
+
+    def add(self, state: RequestState) -> None:
+        """Claim what an admitted request will produce, unless another one does already."""
+        segments = state.keys.segments
+        for index in (*state.missing, *state.unindexed, *range(state.plan.segments, len(segments))):
+            self._owners.setdefault(segments[index], state)
+
+    def drop(self, state: RequestState, index: int) -> None:
+        """Let others start that need this segment, if all that this request makes of it is there."""
+        if index in state.unindexed:
+            return
+        key = state.keys.segments[index]
+        if self._owners.get(key) is state:
+            del self._owners[key]
+
+    def drop_all(self, state: RequestState) -> None:
+        """Claim nothing for this request any more."""
+        for key in [key for key, owner in self._owners.items() if owner is state]:
+            del self._owners[key]
+
+
+class PromptReader:
+    """Does the steps. Belongs to the engine's thread."""
+
+    def __init__(
+        self,
+        parts: EngineParts,
+        runner: ModelRunner,
+        reader: SegmentReader,
+        writer: SegmentWriter,
+        claims: Claims,
+        on_written: Callable[[RequestState], None],
+    ) -> None:
+        """on_written: called for every record of a request that reached the RAM tier or was refused by it."""
+        self._parts, self._runner, self._reader, self._writer = parts, runner, reader, writer
+        self._claims, self._on_written = claims, on_written
+        self._restorer = Restorer(reader, parts.pool)
+
+    def advance(self, state: RequestState) -> None:
+        """Take one step, if there is one to take."""
+        if state.restores:
+            self._restore_group(state)
+        elif state.ranges:
+            self._compute_chunk(state)
+        elif state.unindexed:
+            self._index_group(state)
+
+    def _restore_group(self, state: RequestState) -> None:
+        started = time.perf_counter()
+        group = [state.restores.popleft() for _ in range(min(GROUP_SEGMENTS, len(state.restores)))]
+        try:
+            self._restorer.restore(group, state.cache.table)
+        finally:
+            for segment in group:
+                segment.release()
+        for segment in group:
+            self._share(state, segment.index)
+        seconds = time.perf_counter() - started
+        state.restore_seconds += seconds
+        if len({segment.tier for segment in group}) == 1:
+            fetch_share = state.fetch_seconds * len(group) / max(1, len(state.missing))
+            self._parts.gate.measured(group[0].tier, len(group) * SEGMENT_TOKENS, seconds + fetch_share)
+
+    def _compute_chunk(self, state: RequestState) -> None:
+        started = time.perf_counter()
+        start, stop = state.next_chunk(self._parts.limits.chunk_tokens)
+        hidden, kv = self._runner.prefill(state.inputs[start:stop], start, state.cache)
+        self._keep_segments(state, start, stop, kv)
+        logits = None
+        if state.request.score_ids:
+            self._score(state, start, hidden)
+        elif not state.ranges and not state.request.prompt_only:
+            # Reading the logits also waits for the device, so the chunk's time below is its own.
+            logits = self._runner.logits(hidden[-1:]).cpu()
+        elif hidden.is_cuda:
+            torch.cuda.synchronize(hidden.device)
+        seconds = time.perf_counter() - started
+        state.prefill_seconds += seconds
+        if logits is None:
+            self._parts.gate.measured("computed", stop - start, seconds)
+        else:
+            state.first_choice = state.sampler.choose(logits[0])
+
+    def _keep_segments(self, state: RequestState, start: int, stop: int, kv: LayerKV) -> None:
+        """Share the prompt's segments that this chunk completed, and queue them for the tiers. What has
+        no page goes there at once: the next chunk reads it from there."""
+        segments = state.keys.segments
+        complete = range(start // SEGMENT_TOKENS, min(stop // SEGMENT_TOKENS, len(segments)))
+        paged = [index for index in complete if state.cache.table.pages[index] is not None]
+        for index in complete:
+            if index in paged:
+                self._share(state, index)
+                continue
+            jobs = split_segments(kv, start, [(index, segments[index])], state.keys.sinks)
+            records = self._writer.store_now(jobs, keep=state.request.store)
+            state.cache.host[index] = StoredSegment(index, records[-1], *records[:-1])
+            self._claims.drop(state, index)
+        if state.request.store:
+            wanted = [(index, segments[index]) for index in paged if index not in state.known]
+            jobs = split_segments(kv, start, wanted, state.keys.sinks)
+            state.writes_pending += len(jobs)
+            self._writer.add(jobs, lambda: self._on_written(state))
+
+    def _share(self, state: RequestState, index: int) -> None:
+        page = state.cache.table.pages[index]
+        assert page is not None
+        self._parts.pool.register(page, state.keys.segments[index])
+        self._claims.drop(state, index)
+
+    def _index_group(self, state: RequestState) -> None:
+        """Make some segments of the document selectable."""
+        started = time.perf_counter()
+        index, pages = self._parts.index, state.room.index_pages
+        group = [state.unindexed.popleft() for _ in range(min(GROUP_SEGMENTS, len(state.unindexed)))]
+        build_index(index, pages, group, state.cache, self._reader)
+        for number in group:
+            index.register(pages[number], state.keys.segments[number])
+            self._claims.drop(state, number)
+        state.restore_seconds += time.perf_counter() - started
+
+    def _score(self, state: RequestState, start: int, hidden: Tensor) -> None:
+        """Log probabilities of the scored tokens that this chunk predicts. hidden: [T, hidden] at start.."""
+        last = len(state.request.token_ids) - 1  # the position that predicts the first scored token
+        first = max(0, last - start)
+        scored = start + first - last
+        targets = state.request.score_ids[scored : scored + max(0, hidden.shape[0] - first)]
+        for at in range(0, len(targets), _SCORE_ROWS):
+            ids = torch.tensor(targets[at : at + _SCORE_ROWS], device=hidden.device)
+            logits = self._runner.logits(hidden[first + at : first + at + len(ids)])
+            logprobs = logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(-1)
+            state.score_logprobs += logprobs.tolist()
