@@ -31,7 +31,7 @@ from aquifer.server.engine.types import FinishedEvent, GenerateRequest, KVMode, 
 from aquifer.server.metrics import Metrics
 from aquifer.server.settings import MIB, load_settings
 
-FLUSH_SECONDS = 600.0
+STORE_SECONDS = 600.0
 
 FIRST_ID = 3
 """Below it lie the bundled model's special tokens."""
@@ -123,10 +123,14 @@ def timed_read(engine: Engine, token_ids: Sequence[int], *, store: bool) -> tupl
     return perf_counter() - started, event
 
 
-def flush(engine: Engine) -> None:
-    """Wait until all that was computed is in its tiers. Raises TimeoutError."""
-    if not engine.flush(FLUSH_SECONDS):
-        raise TimeoutError(f"the tiers did not take what was computed within {FLUSH_SECONDS:.0f} s")
+def wait_until_stored(engine: Engine, prompts: Sequence[Sequence[int]]) -> None:
+    """Wait until every record of these prompts is in its tiers. Raises TimeoutError."""
+    keys = [key for prompt in prompts for key in keys_of(engine, prompt).records]
+    deadline = time.monotonic() + STORE_SECONDS
+    while None in engine.store.contains(keys) or not engine.flush(STORE_SECONDS):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the tiers did not take what was computed within {STORE_SECONDS:.0f} s")
+        time.sleep(0.01)
 
 
 def keys_of(engine: Engine, token_ids: Sequence[int]) -> PromptKeys:

@@ -25,10 +25,10 @@ from aquifer.benchmarks.engines import (
     Needs,
     drop_from_ram,
     engine_for,
-    flush,
     random_prompt,
     redis_at,
     request,
+    wait_until_stored,
 )
 from aquifer.benchmarks.geometries import Subject
 from aquifer.benchmarks.harness import LeftOutError, Report, Row
@@ -97,6 +97,7 @@ def bench_longdoc(
 
 def _measure(subject: Subject, work: LongDocs, codec: str, path: PathName, redis_url: str | None) -> Row:
     place, _, form = path.partition("-")
+    keeps = place in ("ram", "redis")
     answer = work.tokens + QUESTION_TOKENS + work.new_tokens
     held = work.documents if place == "gpu" else work.in_flight
     needs = Needs(
@@ -114,12 +115,13 @@ def _measure(subject: Subject, work: LongDocs, codec: str, path: PathName, redis
     with engine_for(subject, needs) as engine:
         _warm_up(engine, subject, work)
         recomputed = _recompute_some(engine, subject, work)
-        cold = _ask_all(engine, subject, work, documents, store=place in ("ram", "redis"))
-        flush(engine)
+        cold = _ask_all(engine, subject, work, documents, store=keeps)
+        if keeps:
+            wait_until_stored(engine, documents)
         if place == "redis":
             for document in documents:
                 drop_from_ram(engine, document)
-        warm = _ask_all(engine, subject, work, documents, store=place in ("ram", "redis"))
+        warm = _ask_all(engine, subject, work, documents, store=keeps)
         for document in documents:
             engine.forget(document, "")
     hits = sum(getattr(event.cached, place, 0) for event in warm.events)

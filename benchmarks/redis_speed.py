@@ -12,7 +12,14 @@ from secrets import token_bytes
 import redis
 import torch
 
-from aquifer.benchmarks.engines import Needs, engine_for, flush, random_prompt, redis_at, timed_read
+from aquifer.benchmarks.engines import (
+    Needs,
+    engine_for,
+    random_prompt,
+    redis_at,
+    timed_read,
+    wait_until_stored,
+)
 from aquifer.benchmarks.geometries import Subject
 from aquifer.benchmarks.harness import Contestant, Report, Run, clocked_fresh
 from aquifer.benchmarks.transfer import check_whole, new_report, restore_run
@@ -104,7 +111,7 @@ def _to_ready_kv(
     with engine_for(subject, Needs(codec, tokens, redis_url=redis_url)) as engine:
         prompt = random_prompt(subject, tokens)
         _, event = timed_read(engine, prompt, store=True)
-        flush(engine)
+        wait_until_stored(engine, [prompt])
         prefill: Run = lambda: timed_read(engine, random_prompt(subject, tokens), store=False)[0]  # noqa: E731
         rows = report.measure(
             [

@@ -17,11 +17,11 @@ from aquifer.benchmarks.engines import (
     Needs,
     drop_from_ram,
     engine_for,
-    flush,
     random_kv,
     random_prompt,
     redis_at,
     timed_read,
+    wait_until_stored,
 )
 from aquifer.benchmarks.geometries import Subject
 from aquifer.benchmarks.harness import Contestant, LeftOutError, Report, Run, clocked
@@ -55,7 +55,7 @@ def bench_restore(
             report.left_out["from Redis"] = str(error)
         engine = stack.enter_context(engine_for(subject, Needs(codec, tokens, redis_url=url)))
         _, stored_event = timed_read(engine, prompt, store=True)
-        flush(engine)
+        wait_until_stored(engine, [prompt])
         ours = [Contestant("from RAM", "ours", restore_run(engine, prompt, "ram"))]
         if url:
             ours.append(Contestant("from Redis", "ours", restore_run(engine, prompt, "redis")))
@@ -144,7 +144,6 @@ def _prefill(subject: Subject, engine: Engine, tokens: int, *, store: bool) -> R
         prompt = random_prompt(subject, tokens)
         seconds, _ = timed_read(engine, prompt, store=store)
         if store:
-            flush(engine)
             engine.forget(prompt, "")
         return seconds
 
