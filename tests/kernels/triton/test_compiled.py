@@ -1,0 +1,88 @@
+"""Every kernel compiles for Hopper as its launcher calls it, at the geometry of Llama-3.1-8B, without spills.
+
+The compiler needs no device. It finds what the interpreter lets through: types, shapes of products, shared
+memory, registers.
+"""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction, KernelInterface
+
+from aquifer.kernels.triton.landmarks import score_landmarks
+
+HOPPER = GPUTarget("cuda", 90, 32)
+SHARED_MEMORY_BYTES = 232_448  # of one block on an H100 or H200
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+HEADS, GROUP, HEAD_DIM, PAGES = 8, 4, 128, 16
+SLOTS = PAGES * 256
+
+
+class _NoDevice:
+    """A driver that knows for what to compile and can run nothing."""
+
+    def get_current_target(self) -> GPUTarget:
+        return HOPPER
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class _Compiled(list[str]):
+    """Names of the kernels that compiled and fit."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def add(self, kernel: JITFunction, *args: object, **kwargs: object) -> None:
+        binary = kernel.run(*args, grid=(1,), warmup=True, **kwargs)
+        assert binary.metadata.shared <= SHARED_MEMORY_BYTES
+        path = self._folder / f"{kernel.__name__}.cubin"
+        path.write_bytes(binary.asm["cubin"])
+        usage = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", path], capture_output=True, text=True, check=True
+        ).stdout
+        stack = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        assert stack and stack[2] == "0", f"{kernel.__name__} spills registers: {usage}"
+        self.append(kernel.__name__)
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> _Compiled:
+    """Launches compile instead of running."""
+    names = _Compiled(tmp_path)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(driver, "_active", _NoDevice())
+    monkeypatch.setattr(
+        KernelInterface,
+        "__getitem__",
+        lambda kernel, grid: lambda *args, **kwargs: names.add(kernel, *args, **kwargs),
+    )
+    return names
+
+
+def int32(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.int32)
+
+
+def test_scoring_landmarks_compiles(compiled: _Compiled) -> None:
+    score_landmarks(
+        torch.zeros(2, HEADS * GROUP, HEAD_DIM),
+        torch.zeros(SLOTS, HEADS * HEAD_DIM // 4, dtype=torch.uint8),
+        torch.zeros(SLOTS, HEADS, dtype=torch.float16),
+        torch.zeros(256, dtype=torch.int64),
+        int32(2, PAGES),
+        int32(2),
+    )
+    assert compiled == ["_score_block"]
