@@ -90,15 +90,23 @@ class TieredStore:
 
         Raises ValueError if the record is larger than the arena's slot.
         """
+        lease, is_new = self.insert(key, record)
+        if lease is not None:
+            lease.release()
+        return is_new or lease is not None
+
+    def insert(self, key: SegmentKey, record: Buffer) -> tuple[Lease | None, bool]:
+        """Put a record, and lease what RAM holds of this key then, so that nothing can evict it in between.
+
+        Returns the lease (None: RAM has no room) and whether a tier took the record by this call.
+        Raises ValueError if the record is larger than the arena's slot.
+        """
         lease, is_new = self.ram.insert(key, record)
         if self._write_behind is not None and (is_new or lease is None):
-            kept_in_ram = lease is not None
-            queued = self._write_behind.offer(key, lease or Lease(memoryview(bytes(record)), "ram"))
-            return kept_in_ram or queued
-        if lease is None:
-            return False
-        lease.release()
-        return True
+            second = self.ram.insert(key, record)[0] if lease is not None else None
+            queued = self._write_behind.offer(key, second or Lease(memoryview(bytes(record)), "ram"))
+            return lease, is_new or queued
+        return lease, is_new
 
     def delete(self, keys: Sequence[SegmentKey]) -> int:
         """Forget records in every tier; return how many there were."""

@@ -13,6 +13,7 @@ starts, so that a running one can never be stopped by a lack of it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -69,9 +70,10 @@ class Room:
     """Segments of the document that are not on the device."""
     row_pages: list[int]
     index_pages: list[int]
-    index_missing: list[int]
+    unindexed: list[int]
     """Segments that the index does not have yet."""
-    host_segments: int
+    host_keys: list[SegmentKey]
+    """Segments that it reads from the RAM arena."""
 
 
 class Admission:
@@ -81,7 +83,7 @@ class Admission:
         self._pool, self._index = parts.pool, parts.index
         self._arena_slots = parts.store.ram.num_slots
         self._limits = parts.limits
-        self._host_segments = 0
+        self._host_users: Counter[SegmentKey] = Counter()
 
     def plan(self, request: GenerateRequest) -> Plan | FailedEvent:
         """Settle the mode. A FailedEvent says what does not fit, even on an idle server."""
@@ -93,48 +95,63 @@ class Admission:
         reasons = "; ".join(f"{plan.mode}: {self._obstacle(plan)}" for plan in plans)
         return FailedEvent("too_long", f"the KV of this prompt of {prompt:,} tokens does not fit. {reasons}")
 
-    def admit(self, plan: Plan, wanted: Sequence[SegmentKey]) -> Room | None:
-        """Take room for a request whose reusable segments are `wanted`; None if there is too little now."""
-        if self._host_segments + plan.host_segments > self._arena_slots:
-            return None
-        index_pages = self._index_for(plan, wanted)
-        if index_pages is None:
-            return None
-        pages = [self._pool.acquire(key) for key in wanted]
-        missing = pages.count(None)
-        own = self._pool.allocate(plan.own_pages + plan.row_pages + (missing if plan.resident else 0))
-        if own is None:
-            self._pool.release([page for page in pages if page is not None])
-            self._index.release([page for page, _ in index_pages])
-            return None
-        self._host_segments += plan.host_segments
+    def admit(self, plan: Plan, wanted: Sequence[SegmentKey]) -> Room | str:
+        """Take room for a request whose reusable segments are `wanted`, or say what there is too little of
+        now. Nothing is evicted for a request that cannot start."""
+        host_keys = [] if plan.resident else list(wanted)
+        records = len(self._host_users.keys() | set(host_keys)) + 1  # and the sinks
+        if host_keys and records > self._arena_slots:
+            return f"{records:,} records in RAM, the arena holds {self._arena_slots:,} (AQUIFER_RAM_BYTES)"
+        pool, index = self._pool, self._index
+        pages = [pool.acquire(key) for key in wanted]
+        index_pages = [index.acquire(key) for key in wanted[: plan.index_pages]]
+        own = plan.own_pages + plan.row_pages
+        if not plan.resident:
+            self._make_room(pages, own)
+        fresh = own + (pages.count(None) if plan.resident else 0)
+        unindexed = [number for number, page in enumerate(index_pages) if page is None]
+        lacking = self._lacking(fresh, len(unindexed))
+        if lacking is not None:
+            pool.release(_held(pages))
+            index.release(_held(index_pages))
+            return lacking
+
+        self._host_users.update(host_keys)
+        taken, filler = pool.allocate(fresh) or [], iter(index.allocate(len(unindexed)) or [])
         # The document's pages first, then the tail's: neighbours in the sequence lie side by side.
-        rows_from, tail_from = len(own) - plan.row_pages, len(own) - plan.row_pages - plan.own_pages
-        tail, row_pages = own[tail_from:rows_from], own[rows_from:]
-        fresh = iter(own[:tail_from] if plan.resident else self._spare(missing))
-        document = [next(fresh, None) if page is None else page for page in pages]
+        tail_from = len(taken) - own
+        tail, row_pages = taken[tail_from : tail_from + plan.own_pages], taken[tail_from + plan.own_pages :]
+        unread = [number for number, page in enumerate(pages) if page is None]
+        spare = iter(taken[:tail_from] if plan.resident else self._spare(len(unread)))
+        document = [next(spare, None) if page is None else page for page in pages]
         return Room(
             table=BlockTable([*document, *tail]),
-            unread=[number for number, page in enumerate(pages) if page is None],
+            unread=unread,
             row_pages=row_pages,
-            index_pages=[page for page, _ in index_pages],
-            index_missing=[number for number, (_, known) in enumerate(index_pages) if not known],
-            host_segments=plan.host_segments,
+            index_pages=[next(filler) if page is None else page for page in index_pages],
+            unindexed=unindexed,
+            host_keys=host_keys,
         )
 
     def leave_document(self, room: Room, segments: int) -> None:
         """Give back the pages of the document's segments, and its share of the arena."""
-        self._pool.release([page for page in room.table.pages[:segments] if page is not None])
+        self._pool.release(_held(room.table.pages[:segments]))
         room.table.pages[:segments] = [None] * segments
-        self._host_segments -= room.host_segments
-        room.host_segments = 0
+        self._leave_arena(room)
 
     def release(self, room: Room) -> None:
         """Give back everything."""
         self._pool.release(room.table.held)
         self._pool.release(room.row_pages)
         self._index.release(room.index_pages)
-        self._host_segments -= room.host_segments
+        self._leave_arena(room)
+
+    def _leave_arena(self, room: Room) -> None:
+        for key in room.host_keys:
+            self._host_users[key] -= 1
+            if not self._host_users[key]:
+                del self._host_users[key]
+        room.host_keys = []
 
     def _plan_as(self, request: GenerateRequest, mode: KVMode) -> Plan:
         prompt = len(request.token_ids)
@@ -144,7 +161,7 @@ class Admission:
         total = segments * SEGMENT_TOKENS if prompt_only else request.total_tokens
         selection = None
         if mode in ("selective", "verified"):
-            budget = request.budget or self._limits.selective_budget
+            budget = self._limits.selective_budget if request.budget is None else request.budget
             selection = Selection.of(prompt, budget, shared=self._limits.shared_selection)
         return Plan(mode, segments, pages_of(total) - segments, selection)
 
@@ -165,17 +182,26 @@ class Admission:
             )
         return None
 
-    def _index_for(self, plan: Plan, wanted: Sequence[SegmentKey]) -> list[tuple[int, bool]] | None:
-        """An index page for each segment and whether it is filled; None if there is no room."""
-        if not plan.index_pages:
-            return []
-        found = [self._index.acquire(key) for key in wanted]
-        fresh = self._index.allocate(found.count(None))
-        if fresh is None:
-            self._index.release([page for page in found if page is not None])
-            return None
-        unused = iter(fresh)
-        return [(next(unused), False) if page is None else (page, True) for page in found]
+    def _make_room(self, pages: list[int | None], own: int) -> None:
+        """Do without pages of the document, its end first, until `own` others can be had: what happens to
+        be on the device must not keep a request from starting that needs none of it."""
+        for number in reversed(range(len(pages))):
+            if own <= self._pool.available_pages:
+                return
+            self._pool.release(_held(pages[number : number + 1]))
+            pages[number] = None
+
+    def _lacking(self, pages: int, index_pages: int) -> str | None:
+        """What there is too little of now, if so."""
+        if pages > self._pool.available_pages:
+            need, have = (n * self._pool.page_bytes for n in (pages, self._pool.available_pages))
+            return f"{need:,} bytes on the device, {have:,} are free now (AQUIFER_GPU_KV_BYTES)"
+        if index_pages > self._index.available_pages:
+            return (
+                f"{index_pages:,} segments indexed, there is room for {self._index.available_pages:,} now "
+                "(AQUIFER_SELECTIVE_RAM_BYTES)"
+            )
+        return None
 
     def _spare(self, missing: int) -> list[int]:
         """Pages for segments that need none, as far as the budget goes. The first segments get them."""
@@ -183,6 +209,10 @@ class Admission:
         available = self._pool.available_pages
         pages = available // 2 if budget is None else min(available, budget // self._pool.page_bytes)
         return self._pool.allocate(min(missing, pages)) or []
+
+
+def _held(pages: Sequence[int | None]) -> list[int]:
+    return [page for page in pages if page is not None]
 
 
 def _candidates(request: GenerateRequest) -> list[KVMode]:

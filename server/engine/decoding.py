@@ -53,8 +53,8 @@ class OneByOne:
 class Verified:
     """Steps over a cheap cache draft tokens; a step over the exact one checks them.
 
-    How many are drafted follows the acceptance seen in this request, not the clock, so that a seed draws
-    the same tokens whatever else is running.
+    How many are drafted follows the acceptance seen in this request, not the clock, so that what else is
+    running does not change what a seed draws.
     """
 
     def __init__(

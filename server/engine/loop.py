@@ -129,25 +129,19 @@ class StepLoop:
             if self._claims.any_of(wanted):
                 continue
             room = self._admission.admit(state.plan, wanted)
-            if room is None:
+            if isinstance(room, str):
                 if self._limits.refuse_when_full:
-                    self._refuse(state)
+                    self._refuse(state, room)
                     continue
                 break
             self._waiting.remove(state)
             state.admitted(room, PagedCache(self._parts.pool, room.table, self._reader))
             self._fetch(state)
 
-    def _refuse(self, state: RequestState) -> None:
+    def _refuse(self, state: RequestState, lacking: str) -> None:
         self._drop(state)
-        pages, pool = state.plan.pages, self._parts.pool
-        state.sink(
-            FailedEvent(
-                "overloaded",
-                f"mode {state.plan.mode} needs {pages * pool.page_bytes:,} bytes on the device, "
-                f"{pool.available_pages * pool.page_bytes:,} are free now (AQUIFER_WHEN_FULL=wait queues it)",
-            )
-        )
+        message = f"mode {state.plan.mode} needs {lacking}; AQUIFER_WHEN_FULL=wait would queue it"
+        state.sink(FailedEvent("overloaded", message))
 
     def _fetch(self, state: RequestState) -> None:
         """Ask the tiers for what is not on the device; nothing waits for the answer."""
@@ -167,8 +161,7 @@ class StepLoop:
             return
         state.fetch_seconds = fetched.seconds
         state.plan_reading(fetched.segments, fetched.known)
-        for index in list(state.cache.host):
-            self._claims.drop(state, index)
+        self._claims.drop(state, state.cache.host)
         self._reading.append(state)
 
     # Reading a prompt
@@ -191,7 +184,8 @@ class StepLoop:
 
     def _went_on(self, state: RequestState) -> None:
         """Report how far the prompt is read; if all of it is, send the first token and go on."""
-        state.report_progress()
+        if not state.read:
+            state.report_progress()
         if state.restores or state.ranges:
             return
         if not state.read:
@@ -247,17 +241,16 @@ class StepLoop:
             return
         try:
             rows = [state.next_rows() for state in batch]
-            logits = self._runner.step(rows).cpu()
-            settled = [
-                state.take(own)
-                for state, own in zip(batch, logits.split([len(row.token_ids) for row in rows]), strict=True)
-            ]
+            logits = self._runner.step(rows).cpu().split([len(row.token_ids) for row in rows])
         except Exception as error:
             for state in batch:
                 self._fail(state, error)
             return
-        for state, choices in zip(batch, settled, strict=True):
-            self._emit(state, choices)
+        for state, own in zip(batch, logits, strict=True):
+            try:
+                self._emit(state, state.take(own))
+            except Exception as error:
+                self._fail(state, error)
 
     def _emit(self, state: RequestState, choices: Sequence[Choice]) -> None:
         """Send tokens, up to the one that ends the answer."""

@@ -7,7 +7,7 @@ other requests wait for no more than that.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -43,13 +43,12 @@ class Claims:
         for index in (*state.missing, *state.unindexed, *range(state.plan.segments, len(segments))):
             self._owners.setdefault(segments[index], state)
 
-    def drop(self, state: RequestState, index: int) -> None:
-        """Let others start that need this segment, if all that this request makes of it is there."""
-        if index in state.unindexed:
-            return
-        key = state.keys.segments[index]
-        if self._owners.get(key) is state:
-            del self._owners[key]
+    def drop(self, state: RequestState, indices: Iterable[int]) -> None:
+        """Let others start that need these segments, if all that this request makes of them is there."""
+        for index in set(indices).difference(state.unindexed):
+            key = state.keys.segments[index]
+            if self._owners.get(key) is state:
+                del self._owners[key]
 
     def drop_all(self, state: RequestState) -> None:
         """Claim nothing for this request any more."""
@@ -92,7 +91,8 @@ class PromptReader:
             for segment in group:
                 segment.release()
         for segment in group:
-            self._share(state, segment.index)
+            self._register(state, segment.index)
+        self._claims.drop(state, [segment.index for segment in group])
         seconds = time.perf_counter() - started
         state.restore_seconds += seconds
         if len({segment.tier for segment in group}) == 1:
@@ -127,34 +127,31 @@ class PromptReader:
         paged = [index for index in complete if state.cache.table.pages[index] is not None]
         for index in complete:
             if index in paged:
-                self._share(state, index)
+                self._register(state, index)
                 continue
             jobs = split_segments(kv, start, [(index, segments[index])], state.keys.sinks)
             records = self._writer.store_now(jobs, keep=state.request.store)
             state.cache.host[index] = StoredSegment(index, records[-1], *records[:-1])
-            self._claims.drop(state, index)
+        self._claims.drop(state, complete)
         if state.request.store:
             wanted = [(index, segments[index]) for index in paged if index not in state.known]
             jobs = split_segments(kv, start, wanted, state.keys.sinks)
             state.writes_pending += len(jobs)
             self._writer.add(jobs, lambda: self._on_written(state))
 
-    def _share(self, state: RequestState, index: int) -> None:
+    def _register(self, state: RequestState, index: int) -> None:
         page = state.cache.table.pages[index]
         assert page is not None
         self._parts.pool.register(page, state.keys.segments[index])
-        self._claims.drop(state, index)
 
     def _index_group(self, state: RequestState) -> None:
         """Make some segments of the document selectable."""
-        started = time.perf_counter()
         index, pages = self._parts.index, state.room.index_pages
         group = [state.unindexed.popleft() for _ in range(min(GROUP_SEGMENTS, len(state.unindexed)))]
         build_index(index, pages, group, state.cache, self._reader)
         for number in group:
             index.register(pages[number], state.keys.segments[number])
-            self._claims.drop(state, number)
-        state.restore_seconds += time.perf_counter() - started
+        self._claims.drop(state, group)
 
     def _score(self, state: RequestState, start: int, hidden: Tensor) -> None:
         """Log probabilities of the scored tokens that this chunk predicts. hidden: [T, hidden] at start.."""

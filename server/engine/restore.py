@@ -26,7 +26,7 @@ class Restorer:
     def restore(self, segments: Sequence[StoredSegment], table: BlockTable) -> None:
         """Write the KV of these segments, in ascending order, into the table's pages."""
         started = time.perf_counter()
-        stream = self._reader.open(segments)
+        stream = self._reader.source(segments).open()
         runs = table.runs(stream.spans)
         for layer in range(self._reader.codec.spec.num_layers):
             self._pool.write(layer, runs, *stream.next_layer())

@@ -13,7 +13,7 @@ from aquifer.compression.spec import SEGMENT_TOKENS
 from aquifer.kernels.attention import attend, merge_attention
 from aquifer.server.engine.fetch import StoredSegment
 from aquifer.server.engine.pages import BlockTable, PagePool
-from aquifer.server.engine.streams import SegmentReader, SegmentStream
+from aquifer.server.engine.streams import SegmentReader, SegmentSource
 from aquifer.server.models.adapter import DecoderAdapter
 
 
@@ -129,6 +129,7 @@ class PagedCache:
         self._reader = reader
         self.host: dict[int, StoredSegment] = {}
         """Segments without a page that are read from the store, by index."""
+        self._prepared: tuple[list[int], SegmentSource] | None = None
 
     def open(self, start: int, count: int) -> PagedPass:
         table = self.table
@@ -137,19 +138,25 @@ class PagedCache:
         causal = count > 1
         past = table.runs([(0, start if causal else start + 1)])
         absent = [i for i, page in enumerate(table.pages[: start // SEGMENT_TOKENS]) if page is None]
-        stream = None
-        if absent:
-            assert self._reader is not None
-            stream = self._reader.open([self.host[index] for index in absent])
-            self._reader.metrics.fetched_bytes.labels(mode="streamed").inc(stream.fetched_bytes)
+        source = self._source(absent) if absent else None
         slots = [table.slot(at) for at in range(start, start + count)]
-        return PagedPass(self._pool, slots, past, stream, causal=causal)
+        return PagedPass(self._pool, slots, past, source, causal=causal)
+
+    def _source(self, absent: list[int]) -> SegmentSource:
+        """The segments without a page; while a prompt is read they become more, then they stay the same."""
+        assert self._reader is not None
+        if self._prepared is None or self._prepared[0] != absent:
+            self._prepared = absent, self._reader.source([self.host[index] for index in absent])
+        source = self._prepared[1]
+        self._reader.metrics.fetched_bytes.labels(mode="streamed").inc(source.num_bytes)
+        return source
 
     def release(self) -> None:
         """End the leases of the stored segments; no pass may be opened after that."""
         for segment in self.host.values():
             segment.release()
         self.host.clear()
+        self._prepared = None
 
     def read(self, layer: int, runs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         """Keys and values [H, T, D] in the slots of `runs`."""
@@ -161,20 +168,21 @@ class PagedCache:
 
 
 class PagedPass:
-    """See CachePass. past: runs of slots that every new token sees. stream: segments that it sees, too."""
+    """See CachePass. past: runs of slots that every new token sees. source: segments that it sees, too."""
 
     def __init__(
         self,
         pool: PagePool,
         slots: list[int | None],
         past: Sequence[tuple[int, int]],
-        stream: SegmentStream | None,
+        source: SegmentSource | None,
         *,
         causal: bool,
     ) -> None:
         self.slots = slots
-        self.staging_bytes = stream.staging_bytes if stream else 0
-        self._pool, self._past, self._stream, self._causal = pool, past, stream, causal
+        self.staging_bytes = source.staging_bytes if source else 0
+        self._pool, self._past, self._causal = pool, past, causal
+        self._stream = source.open() if source else None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         parts = [attend_run(self._pool, layer, q, run) for run in self._past]

@@ -67,7 +67,9 @@ class Sampler:
             keep = float(wanted[token] / proposal[token])
             if keep < 1.0 and self._uniform() >= keep:
                 surplus = (wanted - proposal).clamp_(min=0)
-                choices.append(self._chosen(self.draw(surplus / surplus.sum()), logits[place]))
+                # Rounding can leave nothing of two distributions that are equal.
+                rest = surplus if bool(surplus.any()) else wanted
+                choices.append(self._chosen(self.draw(rest / rest.sum()), logits[place]))
                 return choices
             choices.append(self._chosen(token, logits[place]))
         choices.append(self.choose(logits[len(drafts)]))

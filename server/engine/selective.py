@@ -21,7 +21,6 @@ from aquifer.server.engine.index import IndexPool
 from aquifer.server.engine.pages import BlockTable, PagePool, pages_of
 from aquifer.server.engine.parts import EngineParts
 from aquifer.server.engine.records import segment_span
-from aquifer.server.engine.restore import GROUP_SEGMENTS
 from aquifer.server.engine.runner import CachePass, PagedCache, attend_run
 from aquifer.server.engine.streams import SegmentReader
 
@@ -34,10 +33,12 @@ class Selection:
     """How many tokens of a prompt are attended to, and how they are chosen.
 
     count: selected tokens per step and layer, besides sinks, tail and generated tokens.
+    row_slots: slots on the device for sinks and fetched rows.
     shared: whether all KV heads of a layer use one set.
     """
 
     count: int
+    row_slots: int
     shared: bool
 
     @classmethod
@@ -45,12 +46,8 @@ class Selection:
         """budget: (sinks + tail + selected) / prompt. At least one token is selected, where there is one."""
         indexed = indexed_tokens(prompt_tokens)
         exact = prompt_tokens - indexed  # sinks and tail
-        return cls(min(indexed, max(1, round(budget * prompt_tokens) - exact)), shared)
-
-    @property
-    def row_slots(self) -> int:
-        """Slots for sinks and fetched rows."""
-        return SINK_TOKENS + ROW_CACHE_STEPS * self.count
+        count = min(indexed, max(1, round(budget * prompt_tokens) - exact))
+        return cls(count, SINK_TOKENS + min(indexed, ROW_CACHE_STEPS * count), shared)
 
     @property
     def row_pages(self) -> int:
@@ -216,32 +213,30 @@ class _SelectivePass:
 
 
 def build_index(
-    index: IndexPool, pages: Sequence[int], missing: Sequence[int], cache: PagedCache, reader: SegmentReader
+    index: IndexPool, pages: Sequence[int], numbers: Sequence[int], cache: PagedCache, reader: SegmentReader
 ) -> None:
-    """Encode segments that the index lacks: from their pages where they have some, else from the store.
+    """Encode some segments for selection: from their pages where they have some, else from the store.
 
-    pages: of the index, one per stored segment. missing: numbers of the segments to encode, ascending.
+    pages: of the index, one per stored segment. numbers: of the segments to encode, ascending.
     """
     target, layers = BlockTable(pages), range(index.codec.spec.num_layers)
-    for first in range(0, len(missing), GROUP_SEGMENTS):
-        numbers = missing[first : first + GROUP_SEGMENTS]
-        paged = [number for number in numbers if cache.table.pages[number] is not None]
-        spans = [(number * SEGMENT_TOKENS, SEGMENT_TOKENS) for number in paged]
-        source, runs = cache.table.runs(spans), target.runs(spans)
-        for layer in layers if paged else ():
-            index.write(layer, runs, *cache.read(layer, source))
-        absent = [cache.host[number] for number in numbers if number not in paged]
-        if absent:
-            stream = reader.open(absent)
-            runs = target.runs(stream.spans)
-            for layer in layers:
-                index.write(layer, runs, *stream.next_layer())
+    paged = [number for number in numbers if cache.table.pages[number] is not None]
+    spans = [(number * SEGMENT_TOKENS, SEGMENT_TOKENS) for number in paged]
+    source, runs = cache.table.runs(spans), target.runs(spans)
+    for layer in layers if paged else ():
+        index.write(layer, runs, *cache.read(layer, source))
+    absent = [cache.host[number] for number in numbers if number not in paged]
+    if absent:
+        stream = reader.source(absent).open()
+        runs = target.runs(stream.spans)
+        for layer in layers:
+            index.write(layer, runs, *stream.next_layer())
 
 
 def fill_sinks(selective: SelectiveCache, cache: PagedCache, reader: SegmentReader) -> None:
     """Give a selective cache the KV of the first tokens."""
     run = cache.table.runs([(0, SINK_TOKENS)])
-    stream = None if run else reader.open([cache.host[0]], sinks_only=True)
+    stream = None if run else reader.source([cache.host[0]], sinks_only=True).open()
     for layer in range(reader.adapter.spec.num_layers):
         selective.write_sinks(layer, *(stream.next_layer() if stream else cache.read(layer, run)))
 

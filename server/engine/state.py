@@ -110,7 +110,7 @@ class RequestState:
         self._admitted = time.perf_counter()
         self.room, self.cache = room, cache
         self.missing = room.unread
-        self.unindexed = deque(room.index_missing)
+        self.unindexed = deque(room.unindexed)
         self._cached["gpu"] = SEGMENT_TOKENS * (self.plan.segments - len(self.missing))
 
     def plan_reading(self, found: Sequence[StoredSegment], known: set[int]) -> None:

@@ -8,7 +8,7 @@ the codes of the next layer travel while this one is reconstructed.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -27,80 +27,90 @@ from aquifer.server.models.adapter import DecoderAdapter
 
 @dataclass(frozen=True)
 class SegmentReader:
-    """Opens streams over the records of one model. raw: the codec of sink records."""
+    """Reads the records of one model. raw: the codec of sink records."""
 
     adapter: DecoderAdapter
     codec: Codec
     raw: Codec
     metrics: Metrics
 
-    def open(self, segments: Sequence[StoredSegment], *, sinks_only: bool = False) -> SegmentStream:
+    def source(self, segments: Sequence[StoredSegment], *, sinks_only: bool = False) -> SegmentSource:
         """segments: ascending, at least one. sinks_only: of the first segment, which must be number 0."""
-        return SegmentStream(self, segments, sinks_only=sinks_only)
+        return SegmentSource(self, segments, sinks_only=sinks_only)
 
 
-class SegmentStream:
-    """Keys and values of some segments, one layer after the other. Their leases must outlive it."""
+class SegmentSource:
+    """Some segments, laid out for streaming any number of times. Their leases must outlive it."""
 
-    def __init__(
-        self, reader: SegmentReader, segments: Sequence[StoredSegment], *, sinks_only: bool = False
-    ) -> None:
+    def __init__(self, reader: SegmentReader, segments: Sequence[StoredSegment], *, sinks_only: bool) -> None:
         adapter = reader.adapter
-        self._spec, device = adapter.spec, adapter.device
+        self.spec, self._device = adapter.spec, adapter.device
         self.spans: list[tuple[int, int]] = []
         """(first token, number of tokens) of each piece, in the order of the rows."""
-        self._parts: list[_RecordLayers] = []
+        self._parts: list[_Records] = []
         if segments[0].sinks is not None:
             self.spans.append((0, SINK_TOKENS))
-            self._parts.append(_RecordLayers(reader.raw, [segments[0].sinks], [SINK_TOKENS], device))
+            self._parts.append(_Records(reader.raw, [segments[0].sinks], [SINK_TOKENS]))
         if not sinks_only:
             spans = [segment_span(segment.index) for segment in segments]
             self.spans += spans
-            records, counts = [segment.record for segment in segments], [count for _, count in spans]
-            self._parts.append(_RecordLayers(reader.codec, records, counts, device))
-        positions = torch.cat([torch.arange(at, at + count, device=device) for at, count in self.spans])
+            records = [segment.record for segment in segments]
+            self._parts.append(_Records(reader.codec, records, [count for _, count in spans]))
+        starts = [torch.arange(at, at + count, device=self._device) for at, count in self.spans]
+        positions = torch.cat(starts)
         self.num_tokens = len(positions)
-        self._cos, self._sin = adapter.rope_table(positions)
+        self.rope = adapter.rope_table(positions)
 
     @property
-    def fetched_bytes(self) -> int:
+    def num_bytes(self) -> int:
         """Bytes of the records, all layers."""
         return sum(part.num_bytes for part in self._parts)
 
     @property
     def staging_bytes(self) -> int:
         """About what a layer in work takes on the device besides its bytes: chain state, keys, values."""
-        return 2 * self.num_tokens * 2 * self._spec.channels * self._spec.dtype.itemsize
+        return 2 * self.num_tokens * 2 * self.spec.channels * self.spec.dtype.itemsize
+
+    def open(self) -> SegmentStream:
+        """Begin with layer 0."""
+        return SegmentStream(self, [part.open(self._device) for part in self._parts])
+
+
+class SegmentStream:
+    """Keys and values of a source, one layer after the other."""
+
+    def __init__(self, source: SegmentSource, parts: Sequence[Callable[[], tuple[Tensor, Tensor]]]) -> None:
+        """parts: each gives the next layer of some of the rows, [T, C] before RoPE."""
+        self.spans = source.spans
+        self._source, self._parts = source, parts
 
     def next_layer(self) -> tuple[Tensor, Tensor]:
         """Keys after RoPE and values [H, T, D], in the model's dtype, rows in the order of `spans`."""
-        layers = [part.next_layer() for part in self._parts]
+        spec = self._source.spec
+        layers = [next_layer() for next_layer in self._parts]
         keys, values = (
-            torch.cat([half.to(self._spec.dtype) for half in halves]).view(
-                -1, self._spec.num_kv_heads, self._spec.head_dim
-            )
+            torch.cat([half.to(spec.dtype) for half in halves]).view(-1, spec.num_kv_heads, spec.head_dim)
             for halves in zip(*layers, strict=True)
         )
-        return apply_rope(keys, self._cos, self._sin).transpose(0, 1), values.transpose(0, 1)
+        return apply_rope(keys, *self._source.rope).transpose(0, 1), values.transpose(0, 1)
 
 
-class _RecordLayers:
-    """The decoded layers of several records of one codec, before RoPE."""
+class _Records:
+    """Several records of one codec, cut into layers."""
 
-    def __init__(
-        self, codec: Codec, records: Sequence[StoredRecord], counts: Sequence[int], device: torch.device
-    ) -> None:
+    def __init__(self, codec: Codec, records: Sequence[StoredRecord], counts: Sequence[int]) -> None:
+        self._codec, self._counts = codec, counts
         self.num_bytes = sum(record.body.nbytes for record in records)
-        self._decoder = codec.decoder(counts, device)
         layers = range(codec.spec.num_layers)
         sizes = {count: [codec.layer_bytes(layer, count) for layer in layers] for count in set(counts)}
         bodies = [_as_tensor(record.body).split(sizes[n]) for record, n in zip(records, counts, strict=True)]
-        by_layer = [list(slices) for slices in zip(*bodies, strict=True)]
-        self._feed: _Feed = _InPlace(by_layer) if device.type == "cpu" else _InFlight(by_layer, device)
+        self._by_layer = [list(slices) for slices in zip(*bodies, strict=True)]
 
-    def next_layer(self) -> tuple[Tensor, Tensor]:
-        """Keys and values [T, C]."""
-        return self._decoder.decode_layer(self._feed.next_layer())
+    def open(self, device: torch.device) -> Callable[[], tuple[Tensor, Tensor]]:
+        """What gives the next decoded layer at each call: keys and values [T, C] before RoPE."""
+        decoder = self._codec.decoder(self._counts, device)
+        feed: _Feed = _InPlace(self._by_layer) if device.type == "cpu" else _InFlight(self._by_layer, device)
+        return lambda: decoder.decode_layer(feed.next_layer())
 
 
 class _Feed(Protocol):
@@ -130,26 +140,28 @@ class _InFlight:
 
     def __init__(self, by_layer: Sequence[list[Tensor]], device: torch.device) -> None:
         self._by_layer = by_layer
+        self._current = torch.cuda.current_stream(device)
         self._copies = torch.cuda.Stream(device)
         largest = max(sum(piece.numel() for piece in layer) for layer in by_layer)
         self._host = [torch.empty(largest, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
         self._device = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(2)]
+        for buffer in self._device:
+            # A pass that breaks off leaves a copy behind, which must not hit the next owner of the memory.
+            buffer.record_stream(self._copies)
         self._arrived = [torch.cuda.Event() for _ in range(2)]
-        self._copies.wait_stream(torch.cuda.current_stream(device))  # the buffers may have had other users
+        self._copies.wait_stream(self._current)  # the buffers may have had other users
         self._layer = 0
         self._next: Future[None] = self._gatherer.submit(self._send, 0, None)
 
     def next_layer(self) -> list[Tensor]:
         layer, side = self._layer, self._layer % 2
         self._next.result()
-        current = torch.cuda.current_stream()
-        current.wait_event(self._arrived[side])
+        self._current.wait_event(self._arrived[side])
         self._layer += 1
         if self._layer < len(self._by_layer):
             # The other buffer belongs to the layer before this one, whose readers are all queued by now.
-            self._next = self._gatherer.submit(self._send, self._layer, current.record_event())
+            self._next = self._gatherer.submit(self._send, self._layer, self._current.record_event())
         sizes = [piece.numel() for piece in self._by_layer[layer]]
-        self._device[side].record_stream(current)
         return list(self._device[side][: sum(sizes)].split(sizes))
 
     def _send(self, layer: int, readers_done: torch.cuda.Event | None) -> None:
@@ -165,9 +177,12 @@ class _InFlight:
             self._arrived[side].record(self._copies)
 
 
+# Records are leased read-only, and torch warns, once, that it cannot promise not to write them. Nothing here
+# does, so it is let off here, where nobody sees it.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.frombuffer(memoryview(b"read only"), dtype=torch.uint8)
+
+
 def _as_tensor(body: memoryview) -> Tensor:
-    with warnings.catch_warnings():
-        # Records are leased read-only, and torch warns that it cannot promise not to write them.
-        # Decoders do not write their input.
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        return torch.frombuffer(body, dtype=torch.uint8)
+    return torch.frombuffer(body, dtype=torch.uint8)

@@ -23,7 +23,8 @@ class SamplingParams:
     max_new_tokens: 0 reads (and stores) the prompt only.
     temperature: 0 is greedy; the rest then has no effect, except repetition_penalty.
     top_k: 0 keeps every token. top_p: 1.0 keeps every token.
-    seed: the same seed over the same logits draws the same tokens, whatever else is running.
+    seed: the same seed over the same logits draws the same tokens, whatever else is running. In mode
+        `verified` the drafts count, too: same distribution, but other tokens once the drafts differ.
     stop: strings that end the text; they are not part of it.
     """
 
@@ -100,7 +101,8 @@ class RequestTimings:
 
 @dataclass(frozen=True)
 class DraftCounts:
-    """What speculation did in one answer. checks: passes over the whole cache."""
+    """What speculation did in one answer. accepted: by the checks, maybe beyond the answer's end.
+    checks: passes over the whole cache."""
 
     drafted: int = 0
     accepted: int = 0

@@ -87,7 +87,9 @@ class SegmentWriter:
         while self._flights and (self._flights[0].event is None or self._flights[0].event.query()):
             flight = self._flights.popleft()
             for (job, on_done), body in zip(flight.jobs, flight.bodies, strict=True):
-                self._store_record(job, body)
+                lease = self._store_record(job, self._seal(job, body))
+                if lease is not None:
+                    lease.release()
                 on_done()
 
     def store_now(self, jobs: Sequence[WriteJob], *, keep: bool) -> list[StoredRecord]:
@@ -101,8 +103,8 @@ class SegmentWriter:
             (body,), event = self._encode(self._codecs[job.kind], [job])
             if event is not None:
                 event.synchronize()
-            sealed = self._store_record(job, body) if keep else self._seal(job, body)
-            (lease,) = self._store.ram.get([job.key]) if keep else [None]
+            sealed = self._seal(job, body)
+            lease = self._store_record(job, sealed) if keep else None
             lease = lease or Lease(memoryview(sealed), "own")
             records.append(StoredRecord(lease, body_of(lease.data)))
         return records
@@ -129,13 +131,14 @@ class SegmentWriter:
         self._metrics.codec_seconds.labels(op="encode").inc(time.perf_counter() - started)
         return bodies, event
 
-    def _store_record(self, job: WriteJob, body: Tensor) -> bytes:
-        record = self._seal(job, body)
-        if self._store.put(job.key, record):
+    def _store_record(self, job: WriteJob, record: bytes) -> Lease | None:
+        """Hand a record to the tiers. Returns the lease of what RAM holds, if it has room."""
+        lease, is_new = self._store.insert(job.key, record)
+        if is_new:
             spec = self._codecs[job.kind].spec
             self._metrics.kv_raw_bytes.inc(job.num_tokens * spec.bytes_per_token)
             self._metrics.kv_stored_bytes.inc(len(record))
-        return record
+        return lease
 
     def _seal(self, job: WriteJob, body: Tensor) -> bytes:
         fingerprint = self._codecs[job.kind].fingerprint

@@ -104,6 +104,17 @@ def test_the_penalty_counts_drafted_tokens_like_chosen_ones() -> None:
     assert generate(exact, drafting, params, 12) == expected
 
 
+def test_distributions_that_differ_by_rounding_only_can_be_rejected_and_redrawn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sampler = Sampler(SamplingParams(temperature=1.0, seed=1), ())
+    monkeypatch.setattr(sampler, "_uniform", lambda: 1.0)
+    logits = torch.tensor([1.0, 2.0, 3.0])
+    wanted = sampler.distribution(logits)
+    choices = sampler.accept([2], [wanted * (1 + 1e-6)], torch.stack([logits, logits]))
+    assert len(choices) == 1 and 0 <= choices[0].token_id <= 2
+
+
 def test_one_seed_draws_the_same_tokens_again() -> None:
     exact, drafting = models(1.0)
     params = SamplingParams(temperature=1.0, seed=5)

@@ -10,12 +10,14 @@ from tiny_models import FAMILIES, greedy_reference, tiny_model
 
 from aquifer.cachestore.keys import chain_keys, make_namespace
 from aquifer.server.engine.engine import Engine, EngineError
+from aquifer.server.engine.sampling import Sampler
 from aquifer.server.engine.types import (
     Event,
     FailedEvent,
     FinishedEvent,
     GenerateRequest,
     KVMode,
+    ProgressEvent,
     SamplingParams,
     TokenEvent,
 )
@@ -250,6 +252,107 @@ def test_without_room_a_request_waits_or_is_refused(make_engine: MakeEngine) -> 
     with pytest.raises(EngineError, match="AQUIFER_WHEN_FULL"):
         hasty.generate(requests)
     assert_nothing_running(hasty)
+
+
+@pytest.mark.parametrize("mode", OFF_DEVICE)
+def test_idle_pages_of_its_own_document_do_not_keep_a_request_from_starting(
+    mode: KVMode, make_engine: MakeEngine
+) -> None:
+    model = tiny_model("llama")
+    engine = make_engine(model, pages=4, keep=True)
+    ids = prompt(14, 1000)
+    answer(engine, ask(ids, "resident"))
+    tokens, last = answer(engine, ask(ids, mode, 300))
+    assert last.cached.gpu + last.cached.ram == 768
+    if mode != "selective":
+        assert tokens == greedy_reference(model, ids, 300)
+    assert answer(engine, ask(prompt(15, 20), "auto"))[1].generated_tokens > 0
+
+
+def test_a_waiting_request_evicts_nothing(make_engine: MakeEngine) -> None:
+    engine = make_engine(tiny_model("llama"), pages=12, index_pages=8)
+    answer(engine, ask(prompt(16, 1100), "selective"))
+    landmarks = engine.load().device_bytes["landmarks"]
+    over = threading.Event()
+    seen: list[int] = []
+
+    def sink(event: Event) -> None:
+        if isinstance(event, TokenEvent):
+            seen.append(engine.load().device_bytes["landmarks"])
+        if isinstance(event, FinishedEvent | FailedEvent):
+            over.set()
+
+    engine.submit(ask(prompt(17, 1800), "resident", 200), sink)  # leaves 4 pages
+    second = ask(prompt(18, 1100), "selective", 1200)  # needs 6
+    engine.submit(second, lambda event: None)
+    assert over.wait(60)
+    assert set(seen) == {landmarks}
+    engine.cancel(second.request_id)
+
+
+def test_a_refusal_names_what_was_lacking(make_engine: MakeEngine) -> None:
+    engine = make_engine(tiny_model("llama"), pages=30, slots=6, refuse_when_full=True)
+    with pytest.raises(EngineError, match=r"streamed needs \d+ records in RAM.*AQUIFER_RAM_BYTES"):
+        engine.generate([ask(prompt(80 + n, 1100), "streamed", 60) for n in range(3)])
+    engine = make_engine(tiny_model("llama"), pages=30, index_pages=5, refuse_when_full=True)
+    with pytest.raises(EngineError, match=r"segments indexed.*AQUIFER_SELECTIVE_RAM_BYTES"):
+        engine.generate([ask(prompt(80 + n, 1100), "selective", 60) for n in range(3)])
+
+
+def test_one_document_counts_once_in_ram_however_many_stream_it(make_engine: MakeEngine) -> None:
+    engine = make_engine(tiny_model("llama"), pages=12, slots=8, keep=False, refuse_when_full=True)
+    document = prompt(19, 1024)
+    answer(engine, ask(document + prompt(20, 20), "streamed"))
+    engine.generate([ask(document + prompt(90 + user, 20), "streamed", 30) for user in range(3)])
+    assert_nothing_held(engine)
+
+
+def test_a_request_that_fails_while_decoding_takes_no_other_with_it(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    engine = make_engine(model)
+
+    def broken(*arguments: object) -> None:
+        raise ArithmeticError("no such distribution")
+
+    monkeypatch.setattr(Sampler, "accept", broken)
+    finished: list[Event] = []
+    over = threading.Semaphore(0)
+
+    def sink(event: Event) -> None:
+        if isinstance(event, FinishedEvent | FailedEvent):
+            finished.append(event)
+            over.release()
+
+    ids = prompt(21, 600)
+    engine.submit(ask(ids, "verified", 40), sink)
+    engine.submit(ask(prompt(22, 600), "resident", 40), sink)
+    assert all(over.acquire(timeout=60) for _ in range(2))
+    assert sorted(type(event).__name__ for event in finished) == ["FailedEvent", "FinishedEvent"]
+
+
+def test_progress_comes_before_the_first_token(make_engine: MakeEngine) -> None:
+    engine = make_engine(tiny_model("llama"), pages=6, chunk_tokens=256)
+    kinds: list[type] = []
+    over = threading.Event()
+
+    def sink(event: Event) -> None:
+        kinds.append(type(event))
+        if isinstance(event, FinishedEvent | FailedEvent):
+            over.set()
+
+    engine.submit(ask(prompt(23, 1100), "verified", 6), sink)
+    assert over.wait(60)
+    assert kinds == sorted(kinds, key=[ProgressEvent, TokenEvent, FinishedEvent].index)
+
+
+def test_the_hit_ratio_does_not_count_what_was_just_computed(make_engine: MakeEngine) -> None:
+    engine = make_engine(tiny_model("llama"), pages=4, keep=False)
+    answer(engine, ask(prompt(24, 1100), "streamed"))
+    stats = engine.store.stats()[0]
+    assert stats.hits == 0
+    assert engine._parts.metrics.kv_stored_bytes._value.get() == stats.write_bytes
 
 
 def assert_nothing_running(engine: Engine) -> None:

@@ -27,7 +27,9 @@ class Case:
             self.index.write(layer, [(256, 512)], self.keys[layer], self.values[layer])
         self.slots = torch.randperm(1024, generator=generator)[: 4 * count].to(DEVICE)
         tokens = torch.arange(256, 512, device=DEVICE)
-        self.rows = RowCache(self.pool, self.index, tokens, self.slots, Selection(count, shared))
+        self.rows = RowCache(
+            self.pool, self.index, tokens, self.slots, Selection(count, 4 * count + 4, shared)
+        )
 
     def expected(self, layer: int, chosen: Tensor) -> Tensor:
         """Keys [H, K, D] as their rows say, read straight from the index."""
@@ -100,6 +102,11 @@ def test_keys_and_values_come_back_close_to_what_was_written() -> None:
 def test_the_budget_counts_sinks_and_tail(prompt: int, budget: float, selected: int) -> None:
     assert Selection.of(prompt, budget, shared=False).count == selected
     assert indexed_tokens(8193) == 8188
+
+
+def test_rows_on_the_device_are_four_steps_worth_but_never_more_than_there_are() -> None:
+    assert Selection.of(8193, 0.05, shared=False).row_slots == 4 + 4 * (410 - 5)
+    assert Selection.of(8193, 0.5, shared=False).row_slots == 4 + 8188
 
 
 def test_an_index_is_bounded_by_host_and_by_device_memory() -> None:
