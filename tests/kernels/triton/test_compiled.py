@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction, KernelInterface
 
+from aquifer.kernels.triton.attention import attend_pages
 from aquifer.kernels.triton.landmarks import score_landmarks
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -86,3 +87,11 @@ def test_scoring_landmarks_compiles(compiled: _Compiled) -> None:
         int32(2),
     )
     assert compiled == ["_score_block"]
+
+
+@pytest.mark.parametrize("page_tokens", [1, 256])
+def test_attention_compiles(page_tokens: int, compiled: _Compiled) -> None:
+    pool = torch.zeros(HEADS, SLOTS, HEAD_DIM, dtype=torch.bfloat16)
+    q = torch.zeros(2, HEADS * GROUP, HEAD_DIM, dtype=torch.bfloat16)
+    attend_pages(q, pool, pool, int32(2, SLOTS // page_tokens), int32(2), page_tokens=page_tokens)
+    assert compiled == ["_attend_split", "_merge_splits"]

@@ -1,0 +1,201 @@
+"""Decode attention over pages, split along the cache so that a single long request fills the device.
+
+One program attends the query heads of one KV head to one split of one request; a second, small kernel joins
+the splits by the rule of `merge_attention`. The log-sum-exp comes out as well, so that the result can be
+merged with attention over what lies elsewhere (segments that are streamed, rows that were selected).
+
+Bytes moved: K and V of every token once, 2 * H * T * D elements per request, and for every split
+4 * Hq * (D + 1) bytes written and read again.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from aquifer.kernels.triton.checks import FLOATS, expect, expect_power_of_two
+
+PAGE_TOKENS = 256
+
+PROGRAMS = 264
+"""Twice the multiprocessors of an H200: what the default number of splits aims at. To be measured."""
+
+MAX_SPLITS = 64
+"""More would not fit into the registers of the program that merges them."""
+
+
+@triton.jit
+def _attend_split(
+    queries: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    block_tables: tl.tensor,
+    lengths: tl.tensor,
+    partial_out: tl.tensor,
+    partial_lse: tl.tensor,
+    table_stride: tl.tensor,
+    table_head_stride: tl.tensor,
+    head_stride: tl.tensor,
+    SCORE_SCALE: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One split of one request for one KV head. Scores are in powers of two, which exp2 wants."""
+    split, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    length = tl.load(lengths + request)
+    blocks = tl.cdiv(length, BLOCK)
+    per_split = tl.cdiv(blocks, tl.num_programs(0))
+    first, last = split * per_split, tl.minimum(blocks, (split + 1) * per_split)
+
+    row, channel = tl.arange(0, ROWS), tl.arange(0, HEAD_DIM)
+    query_head = (request * tl.num_programs(1) + head) * GROUP + row
+    in_group = row[:, None] < GROUP
+    q = tl.load(queries + query_head[:, None] * HEAD_DIM + channel[None, :], mask=in_group, other=0.0)
+    keys += head.to(tl.int64) * head_stride
+    values += head.to(tl.int64) * head_stride
+    block_tables += request * table_stride + head * table_head_stride
+
+    top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([ROWS], dtype=tl.float32)
+    out = tl.zeros([ROWS, HEAD_DIM], dtype=tl.float32)
+    for block in range(first, last):
+        token = block * BLOCK + tl.arange(0, BLOCK)
+        valid = token < length
+        page = tl.load(block_tables + token // PAGE, mask=valid, other=0)
+        place = (page.to(tl.int64) * PAGE + token % PAGE)[:, None] * HEAD_DIM + channel[None, :]
+        k = tl.load(keys + place, mask=valid[:, None], other=0.0)
+        score = tl.dot(q, tl.trans(k), input_precision="ieee") * SCORE_SCALE
+        score = tl.where(valid[None, :], score, float("-inf"))
+        # The first token of a block always exists, so the new maximum is finite.
+        new_top = tl.maximum(top, tl.max(score, axis=1))
+        weight = tl.exp2(score - new_top[:, None])
+        kept = tl.exp2(top - new_top)
+        total = total * kept + tl.sum(weight, axis=1)
+        v = tl.load(values + place, mask=valid[:, None], other=0.0)
+        out = out * kept[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+        top = new_top
+
+    # A split without tokens weighs nothing: its log-sum-exp is -inf and its output 0.
+    empty = total == 0.0
+    lse = tl.where(empty, float("-inf"), top + tl.log2(tl.where(empty, 1.0, total)))
+    out = out / tl.where(empty, 1.0, total)[:, None]
+    partial = query_head.to(tl.int64) * tl.num_programs(0) + split
+    tl.store(partial_lse + partial, lse, mask=row < GROUP)
+    tl.store(partial_out + partial[:, None] * HEAD_DIM + channel[None, :], out, mask=in_group)
+
+
+@triton.jit
+def _merge_splits(
+    partial_out: tl.tensor,
+    partial_lse: tl.tensor,
+    out: tl.tensor,
+    lse: tl.tensor,
+    num_splits: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+) -> None:
+    """All splits of one query head of one request."""
+    query_head = tl.program_id(0)
+    split, channel = tl.arange(0, SPLITS), tl.arange(0, HEAD_DIM)
+    there = split < num_splits
+    partial = query_head.to(tl.int64) * num_splits + split
+    each_lse = tl.load(partial_lse + partial, mask=there, other=float("-inf"))
+    top = tl.max(each_lse, axis=0)
+    weight = tl.exp2(each_lse - tl.where(top == float("-inf"), 0.0, top))
+    total = tl.sum(weight, axis=0)
+    empty = total == 0.0
+    each_out = tl.load(
+        partial_out + partial[:, None] * HEAD_DIM + channel[None, :], mask=there[:, None], other=0.0
+    )
+    merged = tl.sum(each_out * weight[:, None], axis=0) / tl.where(empty, 1.0, total)
+    tl.store(out + query_head * HEAD_DIM + channel, merged)
+    ln_2: tl.constexpr = 0.6931471805599453
+    merged_lse = (top + tl.log2(tl.where(empty, 1.0, total))) * ln_2
+    tl.store(lse + query_head, merged_lse)
+
+
+def attend_pages(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_tables: Tensor,
+    lengths: Tensor,
+    *,
+    page_tokens: int = PAGE_TOKENS,
+    splits: int | None = None,
+    block_tokens: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """Attention of one query token of each of many requests to its cache, in one layer.
+
+    q: [B, Hq, D]; D is 64, 128 or 256
+    keys, values: [H, slots, D], the pool of one layer, in q's dtype, the slots of a head side by side
+    block_tables: int32 [B, pages], the pages of each request in order; or [B, H, pages] where every KV head
+        has its own
+    lengths: int32 [B], tokens to attend to; may be 0
+    page_tokens: slots per page, a power of two. With 1, block tables are lists of single slots, such as the
+        rows that selective decoding fetched.
+    splits: programs per request and KV head; at most 64; by default so many that the device is full
+    block_tokens: tokens per product of matrices. The default is to be measured.
+    Returns (out [B, Hq, D] in q's dtype, lse float32 [B, Hq]); 0 and -inf for a request without tokens.
+    Scores are scaled by 1/sqrt(D).
+    Twin: aquifer.kernels.attention.attend_ref over each request's slots.
+    """
+    requests, num_q_heads, head_dim = q.shape
+    num_heads, slots = keys.shape[:2]
+    per_head = block_tables.ndim == 3
+    expect("q", q, (None, None, None), FLOATS)
+    expect("keys", keys, (None, None, head_dim), q.dtype)
+    expect("values", values, keys.shape, q.dtype)
+    expect("block_tables", block_tables, (requests, *([num_heads] if per_head else []), None), torch.int32)
+    expect("lengths", lengths, (requests,), torch.int32)
+    expect_power_of_two("head_dim", head_dim, 64, 256)
+    expect_power_of_two("page_tokens", page_tokens, 1, 1 << 16)
+    expect_power_of_two("block_tokens", block_tokens, 16, 256)
+    if num_q_heads % num_heads:
+        raise ValueError(f"{num_q_heads} query heads do not divide into groups of {num_heads} KV heads")
+    for name, pool in (("keys", keys), ("values", values)):
+        if pool.stride()[:2] != (keys.stride(0), head_dim):
+            raise ValueError(f"{name} has strides {pool.stride()}; needed: those of a pool of {slots} slots")
+    blocks = -(-block_tables.shape[-1] * page_tokens // block_tokens)
+    if splits is None:
+        splits = -(-PROGRAMS // (requests * num_heads))
+    splits = max(1, min(splits, blocks, MAX_SPLITS))
+    group = num_q_heads // num_heads
+    partial_out = torch.empty(requests, num_q_heads, splits, head_dim, device=q.device)
+    partial_lse = torch.empty(requests, num_q_heads, splits, device=q.device)
+    _attend_split[(splits, num_heads, requests)](
+        q.contiguous(),
+        keys,
+        values,
+        block_tables,
+        lengths,
+        partial_out,
+        partial_lse,
+        block_tables.stride(0),
+        block_tables.stride(1) if per_head else 0,
+        keys.stride(0),
+        SCORE_SCALE=head_dim**-0.5 / 0.6931471805599453,
+        GROUP=group,
+        ROWS=max(16, triton.next_power_of_2(group)),  # tensor cores take 16 rows
+        HEAD_DIM=head_dim,
+        PAGE=page_tokens,
+        BLOCK=block_tokens,
+        num_warps=4,
+        num_stages=3,
+    )
+    out = torch.empty(requests, num_q_heads, head_dim, dtype=q.dtype, device=q.device)
+    lse = torch.empty(requests, num_q_heads, device=q.device)
+    _merge_splits[(requests * num_q_heads,)](
+        partial_out,
+        partial_lse,
+        out,
+        lse,
+        splits,
+        HEAD_DIM=head_dim,
+        SPLITS=triton.next_power_of_2(splits),
+        num_warps=4,
+    )
+    return out, lse

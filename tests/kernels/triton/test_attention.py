@@ -1,0 +1,99 @@
+import pytest
+import torch
+from torch import Tensor
+
+from aquifer.kernels.attention import attend_ref, merge_attention
+from aquifer.kernels.triton.attention import attend_pages
+
+# The interpreter multiplies bfloat16 wrongly, so that one is for devices.
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3}
+if torch.cuda.is_available():
+    TOLERANCE[torch.bfloat16] = 2e-2
+KERNELS = ["_attend_split", "_merge_splits"]
+
+
+def normal(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(device, dtype)
+
+
+def int32(rows: object, device: torch.device) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int32, device=device)
+
+
+def expect_equal(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], tolerance: float) -> None:
+    (out, lse), (expected_out, expected_lse) = found, expected
+    assert out.dtype == expected_out.dtype
+    torch.testing.assert_close(out, expected_out, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(lse, expected_lse, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("heads", "group", "head_dim"), [(2, 1, 64), (1, 3, 64), (2, 4, 128)])
+def test_pages_of_many_requests_equal_their_twin(
+    heads: int, group: int, head_dim: int, dtype: torch.dtype, device: torch.device, launched: list[str]
+) -> None:
+    pages = [[2], [0], [3], [4, 1], [1, 4, 0]]
+    tokens = [1, 7, 255, 257, 700]
+    keys = normal(heads, 5 * 256, head_dim, dtype=dtype, device=device)
+    values = keys.flip(1)
+    q = 2 * normal(5, heads * group, head_dim, dtype=dtype, device=device)
+    tables = int32([row + [-1] * (3 - len(row)) for row in pages], device)
+    out, lse = attend_pages(q, keys, values, tables, int32(tokens, device), splits=3)
+    assert launched == KERNELS
+    for request, (own, count) in enumerate(zip(pages, tokens, strict=True)):
+        slots = torch.cat([torch.arange(page * 256, page * 256 + 256) for page in own])[:count].to(device)
+        expected, expected_lse = attend_ref(q[request, :, None], keys[:, slots], values[:, slots])
+        found = out[request, :, None], lse[request, :, None]
+        expect_equal(found, (expected, expected_lse), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("splits", [None, 1, 2, 99])
+def test_any_number_of_splits_gives_the_same(
+    splits: int | None, device: torch.device, launched: list[str]
+) -> None:
+    keys, values = normal(2, 1, 512, 64, dtype=torch.float32, device=device)
+    q = normal(1, 2, 64, dtype=torch.float32, device=device)
+    found = attend_pages(q, keys, values, int32([[1, 0]], device), int32([300], device), splits=splits)
+    slots = torch.cat((torch.arange(256, 512), torch.arange(44))).to(device)
+    expected, lse = attend_ref(q[0, :, None], keys[:, slots], values[:, slots])
+    expect_equal(found, (expected[None, :, 0], lse[None, :, 0]), TOLERANCE[torch.float32])
+    assert launched == KERNELS
+
+
+def test_every_head_may_have_its_own_list_of_slots(device: torch.device, launched: list[str]) -> None:
+    """As selective decoding needs it: pages of one slot."""
+    keys, values = normal(2, 2, 300, 64, dtype=torch.float32, device=device)
+    q = normal(1, 6, 64, dtype=torch.float32, device=device)
+    slots = torch.stack([torch.randperm(300)[:77], torch.randperm(300)[:77]])[None].to(device)
+    found = attend_pages(q, keys, values, slots.int(), int32([77], device), page_tokens=1)
+    where = slots[0, :, :, None].expand(-1, -1, 64)
+    expected, lse = attend_ref(q[0, :, None], keys.gather(1, where), values.gather(1, where))
+    expect_equal(found, (expected[None, :, 0], lse[None, :, 0]), TOLERANCE[torch.float32])
+    assert launched == KERNELS
+
+
+def test_a_request_without_tokens_weighs_nothing_when_merged(
+    device: torch.device, launched: list[str]
+) -> None:
+    keys, values = normal(2, 1, 256, 64, dtype=torch.float32, device=device)
+    q = normal(1, 2, 64, dtype=torch.float32, device=device)
+    table = int32([[0]], device)
+    out, lse = attend_pages(q, keys, values, table, int32([0], device))
+    assert not out.any() and (lse == -torch.inf).all()
+    part = attend_pages(q, keys, values, table, int32([99], device))
+    torch.testing.assert_close(merge_attention([(out, lse), part]), part[0])
+    assert launched == 2 * KERNELS
+
+
+def test_arguments_that_do_not_fit_are_refused(device: torch.device) -> None:
+    keys = normal(2, 256, 64, dtype=torch.float32, device=device)
+    q = normal(1, 4, 64, dtype=torch.float32, device=device)
+    table, length = int32([[0]], device), int32([9], device)
+    with pytest.raises(ValueError, match="values is"):
+        attend_pages(q, keys, keys.half(), table, length)
+    with pytest.raises(ValueError, match="block_tables is"):
+        attend_pages(q, keys, keys, table[:, None].expand(1, 3, 1), length)
+    with pytest.raises(ValueError, match="3 query heads"):
+        attend_pages(q[:, :3], keys, keys, table, length)
+    with pytest.raises(ValueError, match="keys has strides"):
+        attend_pages(q, keys[:, ::2], keys[:, ::2], table, length)
