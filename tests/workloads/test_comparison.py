@@ -51,14 +51,14 @@ def run(*arguments: str) -> tuple[int, str]:
 
 def test_compare_prints_a_table_and_writes_records_and_a_plot(tmp_path: Path, checkpoint: str) -> None:
     file, plot = tmp_path / "out.json", tmp_path / "out.png"
-    flags = ["--tasks", "needles,table", "--methods", METHODS, "--json", str(file), "--plot", str(plot)]
+    flags = ["--tasks", "table", "--methods", METHODS, "--json", str(file), "--plot", str(plot)]
     status, output = run("compare", "--model", checkpoint, *SIZE, *flags)
     assert status == 0, output
     records = json.loads(file.read_text())["records"]
-    assert len(records) == 2 * 5
+    assert len(records) == 5
     assert {record["method"] for record in records} >= {"full", "landmarks:0.2:mean=off"}
     assert all(0 <= record["score"] <= 1 for record in records)
-    assert output.count("window:0.2") == 2 and "recall" in output
+    assert "window:0.2" in output and "recall" in output
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
