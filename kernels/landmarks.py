@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from aquifer.kernels.higgs import Quantizer, higgs_decode_ref
-from aquifer.kernels.packing import words
 
 
 def score_landmarks(queries: Tensor, codes: Tensor, scales: Tensor, quantizer: Quantizer) -> Tensor:
@@ -25,8 +24,8 @@ def score_landmarks(queries: Tensor, codes: Tensor, scales: Tensor, quantizer: Q
     """
     num_q_heads, head_dim = queries.shape
     tokens = len(codes)
-    values = quantizer.word_values.index_select(0, words(codes, quantizer.index_bits).flatten())
-    heads = (values.view(*scales.shape, -1) * scales.unsqueeze(-1)).view(tokens, -1, head_dim)
+    values = quantizer.look_up(codes).view(*scales.shape, -1)
+    heads = (values * scales.unsqueeze(-1)).view(tokens, -1, head_dim)
     groups = queries.view(heads.shape[1], -1, head_dim) * head_dim**-0.5
     return (groups @ heads.permute(1, 2, 0)).view(num_q_heads, tokens)
 
