@@ -15,7 +15,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction, KernelInterface
 
+from aquifer.compression.aqua import load_quantizer
 from aquifer.kernels.triton.attention import attend_pages
+from aquifer.kernels.triton.higgs import higgs_decode_add, higgs_encode
 from aquifer.kernels.triton.landmarks import score_landmarks
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -95,3 +97,15 @@ def test_attention_compiles(page_tokens: int, compiled: _Compiled) -> None:
     q = torch.zeros(2, HEADS * GROUP, HEAD_DIM, dtype=torch.bfloat16)
     attend_pages(q, pool, pool, int32(2, SLOTS // page_tokens), int32(2), page_tokens=page_tokens)
     assert compiled == ["_attend_split", "_merge_splits"]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_decoding_and_encoding_compile(bits: int, compiled: _Compiled) -> None:
+    quantizer = load_quantizer(bits, torch.device("cpu"))
+    channels = HEADS * HEAD_DIM
+    base, codes = torch.zeros(32, channels), torch.zeros(32, channels * bits // 8, dtype=torch.uint8)
+    state = torch.zeros(32, 2 * channels, dtype=torch.bfloat16)
+    scale = torch.zeros(32, 1, dtype=torch.float16)
+    higgs_decode_add(base, codes, scale, quantizer, out=state[:, channels:])
+    higgs_encode(base, quantizer, channels)
+    assert compiled == ["_decode_add", "_encode"]
