@@ -8,6 +8,7 @@ from pathlib import Path
 
 import structlog
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
@@ -61,7 +62,6 @@ def build_engine(settings: Settings, metrics: Metrics) -> Engine:
     codec, note = choose_codec(settings, loaded)
     raw = RawCodec(adapter.spec)
     arena = RamArena(settings.ram_bytes, slot_bytes(codec, raw))
-    unpin = _pin(arena.buffer) if adapter.device.type == "cuda" else None
     redis = None
     if settings.redis_url:
         redis = RedisTier(
@@ -91,6 +91,8 @@ def build_engine(settings: Settings, metrics: Metrics) -> Engine:
         vocab_size=adapter.vocab_size,
         eos_token_ids=loaded.eos_token_ids,
     )
+    host_memory = [torch.frombuffer(arena.buffer, dtype=torch.uint8), index.rows]
+    unpins = [_pin(memory) for memory in host_memory if memory.numel() and adapter.device.type == "cuda"]
     parts = EngineParts(
         adapter=adapter,
         codec=codec,
@@ -115,7 +117,11 @@ def build_engine(settings: Settings, metrics: Metrics) -> Engine:
     def decode_text(ids: Sequence[int]) -> str:
         return str(loaded.tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    return Engine(parts, info, decode_text, on_close=unpin)
+    def on_close() -> None:
+        for unpin in unpins:
+            unpin()
+
+    return Engine(parts, info, decode_text, on_close)
 
 
 def load_model(settings: Settings) -> LoadedModel:
@@ -215,18 +221,18 @@ def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return tuple(sorted(ids))
 
 
-def _pin(buffer: memoryview) -> Callable[[], None]:
-    """Page-lock the RAM arena, so that the device copies from it at full speed and asynchronously.
+def _pin(memory: Tensor) -> Callable[[], None]:
+    """Page-lock host memory, so that the device copies from it at full speed and asynchronously.
 
     Returns what undoes it. That must be called before the memory is given back: the driver would go on
-    reading the old pages for whatever lies at these addresses next.
+    reading the old pages for whatever lies at these addresses next. Registered rather than allocated by
+    torch, whose allocator would round gigabytes up to the next power of two.
     """
-    view = torch.frombuffer(buffer, dtype=torch.uint8)
     runtime = torch.cuda.cudart()
-    status = int(runtime.cudaHostRegister(view.data_ptr(), view.numel(), 0))
+    status = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
     if status != 0:
         raise OSError(
-            f"the RAM arena of {view.numel():,} bytes could not be page-locked (CUDA error {status}); "
-            "lower AQUIFER_RAM_BYTES or raise the limit of locked memory (ulimit -l)"
+            f"{memory.nbytes:,} bytes of host memory could not be page-locked (CUDA error {status}); lower "
+            "AQUIFER_RAM_BYTES or AQUIFER_SELECTIVE_RAM_BYTES, or raise the locked memory (ulimit -l)"
         )
-    return lambda: runtime.cudaHostUnregister(view.data_ptr())
+    return lambda: runtime.cudaHostUnregister(memory.data_ptr())

@@ -47,7 +47,7 @@ class Engine:
         parts: EngineParts,
         info: EngineInfo,
         decode_text: Callable[[Sequence[int]], str],
-        on_close: Callable[[], None] | None = None,
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
         """decode_text: the tokenizer's, from ids to text. on_close: called when nothing uses the store's
         memory any more, before it is given back."""
@@ -154,8 +154,7 @@ class Engine:
         self._inbox.put(self._shut_down)
         self._thread.join()
         self._obey(wait=False)  # what was asked for in the meantime gets its answer too
-        if self._on_close is not None:
-            self._on_close()
+        self._on_close()
         self.store.close()
 
     def _run(self) -> None:

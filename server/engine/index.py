@@ -20,7 +20,7 @@ class IndexPool(PageAllocator):
     """Paged landmarks and rows of all layers.
 
     codes: uint8 [L, P*256, C/4], scales: float16 [L, P*256, C/G], both on the device
-    rows: uint8 [L, P*256, H, row bytes] in host memory, page-locked for CUDA
+    rows: uint8 [L, P*256, H, row bytes] in host memory
     The first four slots of a prompt's first page are the sinks'; they are never looked up, because
     sinks are always attended to.
     """
@@ -34,7 +34,7 @@ class IndexPool(PageAllocator):
         self.codes = torch.empty(spec.num_layers, slots, code_bytes, dtype=torch.uint8, device=device)
         self.scales = torch.empty(spec.num_layers, slots, num_scales, dtype=torch.float16, device=device)
         shape = (spec.num_layers, slots, spec.num_kv_heads, codec.row_bytes)
-        self.rows = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda" and slots > 0)
+        self.rows = torch.empty(shape, dtype=torch.uint8)
 
     @property
     def used_bytes(self) -> int:
