@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
+from transformers.cache_utils import StaticLayer
 
 from aquifer.benchmarks.geometries import Subject
 from aquifer.benchmarks.harness import Contestant, Report, Run, clocked, clocked_fresh
@@ -29,6 +30,8 @@ PREFILL_CHUNK_TOKENS = 16_384
 """As many as fit: one pass is the fastest that transformers does on short prompts."""
 
 QUANTO_BITS = 4
+
+WARM_UP_STEPS = 3
 
 
 def taking_part(
@@ -79,13 +82,11 @@ def hf_prefill(subject: Subject, model: PreTrainedModel, tokens: int) -> Run:
 
 def hf_decode(peer: PeerName, subject: Subject, model: PreTrainedModel, tokens: int, steps: int) -> Run:
     """Seconds of one decode step behind `tokens` tokens of context, the mean of `steps`."""
-    # One cache for all runs: it grows by a few steps each time, little against the context.
-    runs_room = 64 * steps
     cache: Any
     if peer == "hf-quanto":
         cache = QuantizedCache("quanto", model.config, nbits=QUANTO_BITS)
     elif peer == "hf-static-graph":
-        cache = StaticCache(config=model.config, max_cache_len=tokens + runs_room)
+        cache = StaticCache(config=model.config, max_cache_len=tokens + max(steps, WARM_UP_STEPS))
     else:
         cache = DynamicCache(config=model.config, offloading=peer == "hf-offloaded")
     _fill(cache, subject, tokens)
@@ -96,7 +97,14 @@ def hf_decode(peer: PeerName, subject: Subject, model: PreTrainedModel, tokens: 
         for _ in range(steps):
             step()
 
-    run = clocked(subject.device, work)
+    def prepare() -> Callable[[], object]:
+        # A static cache attends to all of its slots, so it gets no more than it needs and starts again. The
+        # others grow by a few steps in each run, little against the context.
+        if isinstance(cache, StaticCache):
+            _rewind(cache, tokens)
+        return work
+
+    run = clocked_fresh(subject.device, prepare)
     return lambda: run() / steps
 
 
@@ -137,6 +145,13 @@ def _fill(cache: Any, subject: Subject, tokens: int) -> None:
         cache.update(keys, values, layer)
 
 
+def _rewind(cache: StaticCache, tokens: int) -> None:
+    """Go back to `tokens` tokens. A captured graph keeps the address of the count, so it is set in place."""
+    for layer in cache.layers:
+        assert isinstance(layer, StaticLayer)
+        layer.cumulative_length.fill_(tokens)
+
+
 def _step(model: PreTrainedModel, cache: Any) -> Callable[[], Tensor]:
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
 
@@ -155,7 +170,7 @@ def _captured_step(model: PreTrainedModel, cache: Any) -> Callable[[], object]:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(3):  # let libraries allocate their workspaces before capture
+            for _ in range(WARM_UP_STEPS):  # libraries allocate their workspaces before the capture
                 step()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
