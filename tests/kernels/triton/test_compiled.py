@@ -19,6 +19,7 @@ from aquifer.compression.aqua import load_quantizer
 from aquifer.kernels.triton.attention import attend_pages
 from aquifer.kernels.triton.higgs import higgs_decode_add, higgs_encode
 from aquifer.kernels.triton.landmarks import score_landmarks
+from aquifer.kernels.triton.rows import fetch_rows
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED_MEMORY_BYTES = 232_448  # of one block on an H100 or H200
@@ -109,3 +110,20 @@ def test_decoding_and_encoding_compile(bits: int, compiled: _Compiled) -> None:
     higgs_decode_add(base, codes, scale, quantizer, out=state[:, channels:])
     higgs_encode(base, quantizer, channels)
     assert compiled == ["_decode_add", "_encode"]
+
+
+@pytest.mark.parametrize("sets", [1, HEADS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fetching_rows_compiles(dtype: torch.dtype, sets: int, compiled: _Compiled) -> None:
+    pool = torch.zeros(HEADS, SLOTS, HEAD_DIM, dtype=dtype)
+    fetch_rows(
+        torch.zeros(SLOTS, HEADS, HEAD_DIM + 4, dtype=torch.uint8),
+        int32(sets, 64),
+        int32(sets, 64),
+        torch.zeros(256, 2),
+        torch.ones(HEAD_DIM),
+        torch.zeros(HEADS, HEAD_DIM),
+        pool,
+        pool,
+    )
+    assert compiled == ["_fetch_rows"]

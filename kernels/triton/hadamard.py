@@ -1,0 +1,35 @@
+"""The Hadamard matrix inside a kernel, made of registers: nothing is read for it."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sylvester(SIZE: tl.constexpr) -> tl.tensor:
+    """float32 [SIZE, SIZE] of ±1, SIZE a power of two up to 4096: entry (i, j) is (-1)^popcount(i & j).
+
+    The caller divides products with it by sqrt(SIZE). Twin: aquifer.kernels.hadamard.hadamard_matrix.
+    """
+    i = tl.arange(0, SIZE)
+    common = i[:, None] & i[None, :]
+    # The parity of the bits, folded into the lowest.
+    common = common ^ (common >> 8)
+    common = common ^ (common >> 4)
+    common = common ^ (common >> 2)
+    common = common ^ (common >> 1)
+    return (1 - 2 * (common & 1)).to(tl.float32)
+
+
+@triton.jit
+def turn(x: tl.tensor, SIZE: tl.constexpr, EXACT: tl.constexpr) -> tl.tensor:
+    """x @ sylvester(SIZE), x: float32 [R, SIZE].
+
+    Tensor cores take operands of 11 significant bits, of which ±1 needs one. EXACT multiplies the bits that
+    they would cut off as well; without it the result is finer than bfloat16, and as fine as float16.
+    """
+    matrix = sylvester(SIZE)
+    if EXACT:
+        high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        rest = tl.dot(x - high, matrix, input_precision="tf32")
+        return tl.dot(high, matrix, rest, input_precision="tf32")
+    return tl.dot(x, matrix, input_precision="tf32")
