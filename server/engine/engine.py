@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
+from typing import TypeVar
 
 import structlog
 
@@ -31,6 +32,8 @@ from aquifer.server.engine.types import (
     KVUsage,
     Sink,
 )
+
+T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
@@ -123,8 +126,8 @@ class Engine:
     def flush(self, timeout: float) -> bool:
         """Wait until everything computed so far is in its tiers; False when `timeout` seconds pass."""
         deadline = time.monotonic() + timeout
-        self._call(lambda: None)
-        while self._loop.write_backlog:
+        # Asked on the engine's thread, between turns: in a turn records are in hand, in no queue.
+        while self._call(lambda: self._loop.write_backlog):
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.005)
@@ -204,21 +207,21 @@ class Engine:
             )
         return None
 
-    def _call(self, action: Callable[[], object]) -> None:
-        """Run something on the engine's thread and wait for it. Raises EngineError after `close`."""
+    def _call(self, action: Callable[[], T]) -> T:
+        """Run something on the engine's thread and wait for what it returns. Raises EngineError after
+        `close`."""
         if self._closing:
             raise EngineError(_SHUTTING_DOWN.message)
-        done: Future[None] = Future()
+        done: Future[T] = Future()
 
         def command() -> None:
             try:
-                action()
-                done.set_result(None)
+                done.set_result(action())
             except Exception as error:
                 done.set_exception(error)
 
         self._inbox.put(command)
-        done.result()
+        return done.result()
 
     def _enqueue(self, state: RequestState) -> None:
         if self._closing:
