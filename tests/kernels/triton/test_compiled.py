@@ -17,6 +17,7 @@ from triton.runtime.jit import JITFunction, KernelInterface
 
 from aquifer.compression.aqua import load_quantizer
 from aquifer.kernels.triton.attention import attend_pages
+from aquifer.kernels.triton.emit import emit
 from aquifer.kernels.triton.higgs import higgs_decode_add, higgs_encode
 from aquifer.kernels.triton.landmarks import score_landmarks
 from aquifer.kernels.triton.rows import fetch_rows
@@ -127,3 +128,14 @@ def test_fetching_rows_compiles(dtype: torch.dtype, sets: int, compiled: _Compil
         pool,
     )
     assert compiled == ["_fetch_rows"]
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), [(HEADS, HEAD_DIM), (2, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_emitting_compiles(heads: int, head_dim: int, dtype: torch.dtype, compiled: _Compiled) -> None:
+    channels = heads * head_dim
+    pool = torch.zeros(heads, SLOTS, head_dim, dtype=dtype)
+    state, angles = torch.zeros(64, 2 * channels, dtype=dtype), torch.zeros(64, head_dim, dtype=dtype)
+    emit(state[:, :channels], torch.ones(channels), channels, int32(64), pool, (angles, angles))
+    emit(state[:, channels:], torch.ones(channels), channels, int32(64), pool)
+    assert compiled == ["_emit", "_emit"]

@@ -1,0 +1,137 @@
+"""The last step of decoding a layer: out of the rotated domain, RoPE, and into the pages.
+
+A Sylvester matrix is a Kronecker product, so a group of a*b channels, seen as a matrix [a, b], is turned by
+a small matrix from each side. Both products, the signs and RoPE happen in registers.
+
+Bytes moved: one element read and one written per channel, plus 2 * D per token for RoPE. The plain code
+moves about eight times as many, a pass over memory per step.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from aquifer.kernels.triton.checks import FLOATS, INDICES, expect, expect_power_of_two
+from aquifer.kernels.triton.hadamard import turn
+
+
+@triton.jit
+def _emit(
+    rotated: tl.tensor,
+    signs: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    slots: tl.tensor,
+    pages: tl.tensor,
+    count: tl.tensor,
+    row_stride: tl.tensor,
+    head_stride: tl.tensor,
+    ROPE: tl.constexpr,
+    GROUP: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    NORM: tl.constexpr,
+    EXACT: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One Hadamard group, which is some whole heads, of one block of tokens."""
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    exists = token < count
+    first_channel = tl.program_id(1) * GROUP
+    channel = first_channel + tl.arange(0, GROUP)
+    row = rotated + token.to(tl.int64)[:, None] * row_stride
+    x = tl.load(row + channel[None, :], mask=exists[:, None], other=0.0).to(tl.float32)
+
+    x = turn(tl.reshape(x, [BLOCK * LEFT, RIGHT]), RIGHT, EXACT)
+    if LEFT > 1:
+        x = tl.permute(tl.reshape(x, [BLOCK, LEFT, RIGHT]), [0, 2, 1])
+        x = turn(tl.reshape(x, [BLOCK * RIGHT, LEFT]), LEFT, EXACT)
+        x = tl.permute(tl.reshape(x, [BLOCK, RIGHT, LEFT]), [0, 2, 1])
+    x = tl.reshape(x, [BLOCK, GROUP]) * (tl.load(signs + channel) * NORM)[None, :]
+
+    # Half-split layout: channel i of a head turns with channel i + D/2.
+    half: tl.constexpr = HEAD_DIM // 2
+    heads: tl.constexpr = GROUP // HEAD_DIM
+    low, high = tl.split(tl.permute(tl.reshape(x, [BLOCK, heads, 2, half]), [0, 1, 3, 2]))
+    within = tl.arange(0, half)
+    if ROPE:
+        angle = token[:, None] * HEAD_DIM + within[None, :]
+        mask = exists[:, None]
+        cos_low = tl.load(cos + angle, mask=mask, other=0.0).to(tl.float32)[:, None, :]
+        cos_high = tl.load(cos + angle + half, mask=mask, other=0.0).to(tl.float32)[:, None, :]
+        sin_low = tl.load(sin + angle, mask=mask, other=0.0).to(tl.float32)[:, None, :]
+        sin_high = tl.load(sin + angle + half, mask=mask, other=0.0).to(tl.float32)[:, None, :]
+        low, high = low * cos_low - high * sin_low, high * cos_high + low * sin_high
+
+    slot = tl.load(slots + token, mask=exists, other=-1).to(tl.int64)
+    head = first_channel // HEAD_DIM + tl.arange(0, heads)
+    place = slot[:, None] * HEAD_DIM + head.to(tl.int64)[None, :] * head_stride
+    place = place[:, :, None] + within[None, None, :]
+    there = (slot >= 0)[:, None, None]
+    tl.store(pages + place, low, mask=there)
+    tl.store(pages + place + half, high, mask=there)
+
+
+def emit(
+    rotated: Tensor,
+    signs: Tensor,
+    group: int,
+    slots: Tensor,
+    pages: Tensor,
+    rope: tuple[Tensor, Tensor] | None = None,
+    *,
+    block_tokens: int = 4,
+) -> None:
+    """Write decoded rows of keys, or of values, of one layer into the pool.
+
+    rotated: [T, C], any float dtype, rows may be strided: one half of a decoder's state
+    signs: float32 [C]; group: G, the largest power of two that divides C; D divides it
+    slots: int [T], where each token goes; a negative one is skipped
+    pages: [H, slots, D], keys or values of one layer, any float dtype, the slots of a head side by side
+    rope: cos and sin [T, D], from the model's own rotary module, for keys; None for values
+    block_tokens: per program. The default is to be measured.
+    Computes in float32 and rounds once. Twins: aquifer.kernels.hadamard.Rotation.unrotate, then
+    aquifer.kernels.rope.apply_rope, then an assignment.
+    """
+    tokens, channels = rotated.shape
+    heads, _, head_dim = pages.shape
+    expect("rotated", rotated, (None, heads * head_dim), FLOATS)
+    expect("signs", signs, (channels,), torch.float32)
+    expect("slots", slots, (tokens,), INDICES)
+    expect("pages", pages, (None, None, None), FLOATS)
+    expect_power_of_two("group", group, 16, 4096)
+    expect_power_of_two("head_dim", head_dim, 16, group)
+    expect_power_of_two("block_tokens", block_tokens, 1, 256)
+    if channels % group:
+        raise ValueError(f"{channels} channels do not divide into groups of {group}")
+    if pages.stride(1) != head_dim:
+        raise ValueError(f"pages has strides {pages.stride()}; needed: those of a pool")
+    cos, sin = rope or (signs, signs)  # without RoPE they are not read
+    if rope is not None:
+        expect("cos", cos, (tokens, head_dim), FLOATS)
+        expect("sin", sin, (tokens, head_dim), cos.dtype)
+    # Products of matrices have at least 16 rows and columns: smaller groups are turned from one side, whole.
+    left = 1 if group < 256 else 1 << (group.bit_length() - 1) // 2
+    block_tokens = max(block_tokens, 16 // left)
+    _emit[(triton.cdiv(tokens, block_tokens), channels // group)](
+        rotated,
+        signs,
+        cos.contiguous(),
+        sin.contiguous(),
+        slots,
+        pages,
+        tokens,
+        rotated.stride(0),
+        pages.stride(0),
+        ROPE=rope is not None,
+        GROUP=group,
+        LEFT=left,
+        RIGHT=group // left,
+        HEAD_DIM=head_dim,
+        NORM=group**-0.5,
+        EXACT=pages.dtype == torch.float32,
+        BLOCK=block_tokens,
+        num_warps=4,
+    )
