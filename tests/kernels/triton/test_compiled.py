@@ -20,6 +20,7 @@ from aquifer.kernels.triton.attention import attend_pages
 from aquifer.kernels.triton.emit import emit
 from aquifer.kernels.triton.higgs import higgs_decode_add, higgs_encode
 from aquifer.kernels.triton.landmarks import score_landmarks
+from aquifer.kernels.triton.norms import add_rms_norm, rms_norm, swiglu
 from aquifer.kernels.triton.rows import fetch_rows
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -139,3 +140,11 @@ def test_emitting_compiles(heads: int, head_dim: int, dtype: torch.dtype, compil
     emit(state[:, :channels], torch.ones(channels), channels, int32(64), pool, (angles, angles))
     emit(state[:, channels:], torch.ones(channels), channels, int32(64), pool)
     assert compiled == ["_emit", "_emit"]
+
+
+def test_norms_and_swiglu_compile(compiled: _Compiled) -> None:
+    x, weight = torch.zeros(2, 4096, dtype=torch.bfloat16), torch.ones(4096, dtype=torch.bfloat16)
+    rms_norm(x, weight, 1e-5)
+    add_rms_norm(x, x, weight, 1e-5)
+    swiglu(x, x)
+    assert compiled == ["_rms_norm", "_rms_norm", "_swiglu"]
