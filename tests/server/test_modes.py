@@ -377,3 +377,67 @@ def test_scoring_in_a_selective_mode_reads_the_whole_cache(make_engine: MakeEngi
     logits = model(torch.tensor([ids + scored]).to(model.device)).logits[0, len(ids) - 1 : -1]
     expected = logits.log_softmax(-1).gather(1, torch.tensor(scored, device=logits.device)[:, None])[:, 0]
     assert finished[0].score_logprobs == pytest.approx(expected.tolist(), abs=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_mixes_on_a_tight_machine_give_right_tokens_and_everything_back(
+    seed: int, make_engine: MakeEngine
+) -> None:
+    dice = random.Random(seed)
+    model = tiny_model("llama")
+    engine = make_engine(
+        model,
+        pages=dice.randrange(5, 14),
+        index_pages=dice.randrange(9),
+        slots=dice.randrange(8, 40),
+        keep=dice.random() < 0.5,
+        streamed_bytes=dice.choice((0, 1 << 20, None)),
+        chunk_tokens=dice.choice((256, 512)),
+    )
+    documents = [prompt(100 + n, length) for n, length in enumerate((256, 512, 700, 1024))]
+    requests = [
+        ask(
+            dice.choice(documents) + prompt(dice.randrange(3), dice.choice((1, 5, 130))),
+            dice.choice(("auto", "resident", *OFF_DEVICE)),
+            dice.choice((1, 2, 12)),
+            store=dice.random() < 0.8,
+        )
+        for _ in range(24)
+    ]
+    got: dict[str, list[int]] = {request.request_id: [] for request in requests}
+    ends: dict[str, Event] = {}
+    over = threading.Semaphore(0)
+
+    def submit(request: GenerateRequest, cancel_after: int | None) -> None:
+        def sink(event: Event) -> None:
+            if isinstance(event, TokenEvent):
+                got[request.request_id].append(event.token_id)
+                if len(got[request.request_id]) == cancel_after:
+                    engine.cancel(request.request_id)
+            if isinstance(event, FinishedEvent | FailedEvent):
+                ends[request.request_id] = event
+                over.release()
+
+        engine.submit(request, sink)
+
+    for request in requests:
+        submit(request, dice.choice((None, None, None, 1, 3)))
+    assert all(over.acquire(timeout=60) for _ in requests)
+    expected: dict[tuple[int, ...], list[int]] = {}
+    for request in requests:
+        end, tokens = ends[request.request_id], got[request.request_id]
+        if isinstance(end, FailedEvent):
+            assert end.kind == "too_long", end
+            continue
+        if end.kv.mode == "selective":
+            continue
+        if request.token_ids not in expected:
+            expected[request.token_ids] = greedy_reference(model, request.token_ids, 12)
+        assert tokens == expected[request.token_ids][: len(tokens)]
+        if end.reason == "length":
+            assert len(tokens) == request.sampling.max_new_tokens
+    assert engine.flush(30)
+    assert engine.store.ram.open_leases == 0
+    parts = engine._parts
+    for pool in (parts.pool, parts.index):
+        assert pool.available_pages == pool.num_pages
