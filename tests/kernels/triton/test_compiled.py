@@ -114,9 +114,10 @@ def test_decoding_and_encoding_compile(bits: int, compiled: _Compiled) -> None:
     assert compiled == ["_decode_add", "_encode"]
 
 
-@pytest.mark.parametrize("sets", [1, HEADS])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fetching_rows_compiles(dtype: torch.dtype, sets: int, compiled: _Compiled) -> None:
+@pytest.mark.parametrize(
+    ("sets", "dtype"), [(1, torch.bfloat16), (HEADS, torch.bfloat16), (1, torch.float32)]
+)
+def test_fetching_rows_compiles(sets: int, dtype: torch.dtype, compiled: _Compiled) -> None:
     pool = torch.zeros(HEADS, SLOTS, HEAD_DIM, dtype=dtype)
     fetch_rows(
         torch.zeros(SLOTS, HEADS, HEAD_DIM + 4, dtype=torch.uint8),
@@ -131,8 +132,10 @@ def test_fetching_rows_compiles(dtype: torch.dtype, sets: int, compiled: _Compil
     assert compiled == ["_fetch_rows"]
 
 
-@pytest.mark.parametrize(("heads", "head_dim"), [(HEADS, HEAD_DIM), (2, 64)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "dtype"),
+    [(HEADS, HEAD_DIM, torch.bfloat16), (HEADS, HEAD_DIM, torch.float32), (2, 64, torch.bfloat16)],
+)
 def test_emitting_compiles(heads: int, head_dim: int, dtype: torch.dtype, compiled: _Compiled) -> None:
     channels = heads * head_dim
     pool = torch.zeros(heads, SLOTS, head_dim, dtype=dtype)
@@ -148,3 +151,16 @@ def test_norms_and_swiglu_compile(compiled: _Compiled) -> None:
     add_rms_norm(x, x, weight, 1e-5)
     swiglu(x, x)
     assert compiled == ["_rms_norm", "_rms_norm", "_swiglu"]
+
+
+def test_single_tokens_pages_and_splits_compile(compiled: _Compiled) -> None:
+    """The compiler makes a constant of every argument that is 1."""
+    pool, q = torch.zeros(1, 256, 64, dtype=torch.float16), torch.zeros(1, 1, 64, dtype=torch.float16)
+    attend_pages(q, pool, pool, int32(1, 1), int32(1), splits=1)
+    codes, scales = torch.zeros(256, 16, dtype=torch.uint8), torch.zeros(256, 1, dtype=torch.float16)
+    score_landmarks(q, codes, scales, torch.zeros(256, dtype=torch.int64), int32(1, 1), int32(1), first=1)
+    rows, table = torch.zeros(256, 1, 68, dtype=torch.uint8), torch.zeros(256, 2)
+    fetch_rows(rows, int32(1, 1), int32(1, 1), table, torch.ones(64), torch.zeros(1, 64), pool, pool)
+    emit(torch.zeros(1, 64), torch.ones(64), 64, int32(1), pool)
+    higgs_encode(torch.zeros(1, 64), load_quantizer(2, torch.device("cpu")), 64)
+    assert compiled == ["_attend_split", "_merge_splits", "_score_block", "_fetch_rows", "_emit", "_encode"]
