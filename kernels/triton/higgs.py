@@ -40,15 +40,15 @@ def _decode_add(
 ) -> None:
     """One block of points, counted over all rows."""
     per_row: tl.constexpr = CHANNELS // DIMENSION
-    point = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    point = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = point < num_points
-    row, column = point // per_row, point % per_row
+    row, column = (point // per_row).to(tl.int64), point % per_row
 
     first_bit = column * BITS
     byte = codes + row * (per_row * BITS // 8) + first_bit // 8
     index = tl.load(byte, mask=exists, other=0).to(tl.int32)
     if BITS < 8:
-        shift = (first_bit % 8).to(tl.int32)
+        shift = first_bit % 8
         spills = exists & (shift + BITS > 8)
         index = index | (tl.load(byte + 1, mask=spills, other=0).to(tl.int32) << 8)
         index = (index >> shift) & ((1 << BITS) - 1)
@@ -140,7 +140,12 @@ def higgs_decode_add(
     expect("out", out, (tokens, channels), FLOATS)
     expect("codes", codes, (tokens, quantizer.code_bytes(channels)), torch.uint8)
     expect("scale", scale, (tokens, groups), torch.float16)
-    num_points = tokens * channels // quantizer.dimension
+    expect_power_of_two("block_points", block_points, 16, 4096)
+    if channels % groups:
+        raise ValueError(f"{channels} channels do not divide into {groups} groups")
+    if base.numel() >= 2**31:
+        raise ValueError(f"{base.numel():,} values at once are too many to be counted in 32 bits")
+    num_points = base.numel() // quantizer.dimension
     _decode_add[(triton.cdiv(num_points, block_points),)](
         base,
         codes.contiguous(),
@@ -174,6 +179,7 @@ def higgs_encode(
     tokens, channels = x.shape
     expect("x", x, (None, None), torch.float32)
     expect_power_of_two("group", group, 8, 4096)
+    expect_power_of_two("block_values", block_values, 8, 8192)
     if channels % group:
         raise ValueError(f"{channels} channels do not divide into groups of {group}")
     count, reach = CELLS[quantizer.dimension]

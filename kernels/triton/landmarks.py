@@ -5,7 +5,8 @@ cache; a point is read as one word of 64 bits and taken apart by shifts. Coordin
 token meets coordinates i, i+4, ... of the query, so a score is four products of matrices of D/4 columns, and
 nothing has to be rearranged.
 
-Bytes moved, per layer and request: codes and scales once, H * T * (D/4 + 2), and 4 * Hq * T for the scores.
+Bytes moved, per layer and request: codes and scales once, H * T * (D/4 + 2), and 4 * Hq * T for the scores;
+ranking reads the scores once and writes 4 * T per set of tokens.
 """
 
 import torch
@@ -74,6 +75,28 @@ def _score_block(
     shift = tl.where(top == float("-inf"), 0.0, top)
     lse = shift + tl.log(tl.sum(tl.exp(score - shift[:, None]), axis=1))
     tl.store(partial_lse + query_head * tl.num_programs(0) + block, lse, mask=row < GROUP)
+
+
+@triton.jit
+def _rank_block(
+    scores: tl.tensor,
+    lse: tl.tensor,
+    ranks: tl.tensor,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One block of tokens for one set: HEADS query heads compete for it."""
+    block, chosen_set = tl.program_id(0), tl.program_id(1)
+    tokens, row = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, ROWS)
+    num_tokens = tl.num_programs(0).to(tl.int64) * BLOCK
+    query_head = chosen_set * HEADS + row
+    place = query_head[:, None] * num_tokens + tokens[None, :]
+    score = tl.load(scores + place, mask=row[:, None] < HEADS, other=float("-inf"))
+    # Heads without any landmark have -inf, too; they rank nothing rather than give a NaN.
+    whole = tl.load(lse + query_head, mask=row < HEADS, other=0.0)
+    whole = tl.where(whole == float("-inf"), 0.0, whole)
+    tl.store(ranks + chosen_set * num_tokens + tokens, tl.max(score - whole[:, None], axis=0))
 
 
 def pack_points(grid: Tensor) -> Tensor:
@@ -146,3 +169,35 @@ def score_landmarks(
         num_warps=4,
     )
     return scores, partial_lse.logsumexp(dim=2)
+
+
+def rank_tokens(
+    scores: Tensor, lse: Tensor, num_kv_heads: int, *, shared: bool, block_tokens: int = 128
+) -> Tensor:
+    """The largest share of attention, as a logarithm, that any query head of a group would give a token.
+
+    scores: float32 [B, Hq, T], T a multiple of 256; lse: float32 [B, Hq]: as `score_landmarks` returns them
+    shared: one set of tokens for all KV heads; otherwise one per head
+    block_tokens: per program, a divisor of 256. The default is to be measured.
+    Returns float32 [B, H, T], or [B, 1, T] if shared: the tokens to choose are its largest.
+    Twin: what aquifer.kernels.landmarks.select_tokens sorts by.
+    """
+    requests, num_q_heads, num_tokens = scores.shape
+    expect("scores", scores, (None, None, None), torch.float32)
+    expect("lse", lse, (requests, num_q_heads), torch.float32)
+    expect_power_of_two("block_tokens", block_tokens, 16, PAGE_TOKENS)
+    if num_q_heads % num_kv_heads or num_tokens % PAGE_TOKENS:
+        raise ValueError(f"scores of shape {list(scores.shape)} do not fit {num_kv_heads} KV heads")
+    sets = 1 if shared else num_kv_heads
+    heads = num_q_heads // sets
+    ranks = torch.empty(requests, sets, num_tokens, device=scores.device)
+    _rank_block[(num_tokens // block_tokens, requests * sets)](
+        scores.contiguous(),
+        lse.contiguous(),
+        ranks,
+        HEADS=heads,
+        ROWS=triton.next_power_of_2(heads),
+        BLOCK=block_tokens,
+        num_warps=4,
+    )
+    return ranks

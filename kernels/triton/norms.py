@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aquifer.kernels.triton.checks import FLOATS, expect
+from aquifer.kernels.triton.checks import FLOATS, expect, expect_power_of_two
 
 MAX_WIDTH = 1 << 15
 """Values of a row that the registers of one program hold."""
@@ -88,6 +88,7 @@ def swiglu(gate: Tensor, up: Tensor, *, block: int = 1024) -> Tensor:
     rows, width = gate.shape
     expect("gate", gate, (None, None), FLOATS)
     expect("up", up, (rows, width), gate.dtype)
+    expect_power_of_two("block", block, 16, 8192)
     out = torch.empty(rows, width, dtype=gate.dtype, device=gate.device)
     grid = (rows, triton.cdiv(width, block))
     _swiglu[grid](gate, up, out, gate.stride(0), up.stride(0), width, BLOCK=block, num_warps=4)

@@ -19,7 +19,7 @@ from aquifer.compression.aqua import load_quantizer
 from aquifer.kernels.triton.attention import attend_pages
 from aquifer.kernels.triton.emit import emit
 from aquifer.kernels.triton.higgs import higgs_decode_add, higgs_encode
-from aquifer.kernels.triton.landmarks import score_landmarks
+from aquifer.kernels.triton.landmarks import rank_tokens, score_landmarks
 from aquifer.kernels.triton.norms import add_rms_norm, rms_norm, swiglu
 from aquifer.kernels.triton.rows import fetch_rows
 
@@ -82,8 +82,8 @@ def int32(*shape: int) -> torch.Tensor:
     return torch.zeros(shape, dtype=torch.int32)
 
 
-def test_scoring_landmarks_compiles(compiled: _Compiled) -> None:
-    score_landmarks(
+def test_scoring_and_ranking_landmarks_compile(compiled: _Compiled) -> None:
+    scores, lse = score_landmarks(
         torch.zeros(2, HEADS * GROUP, HEAD_DIM),
         torch.zeros(SLOTS, HEADS * HEAD_DIM // 4, dtype=torch.uint8),
         torch.zeros(SLOTS, HEADS, dtype=torch.float16),
@@ -91,7 +91,9 @@ def test_scoring_landmarks_compiles(compiled: _Compiled) -> None:
         int32(2, PAGES),
         int32(2),
     )
-    assert compiled == ["_score_block"]
+    rank_tokens(scores, lse, HEADS, shared=False)
+    rank_tokens(scores, lse, HEADS, shared=True)
+    assert compiled == ["_score_block", "_rank_block", "_rank_block"]
 
 
 @pytest.mark.parametrize("page_tokens", [1, 256])

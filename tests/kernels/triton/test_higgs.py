@@ -83,6 +83,7 @@ def test_one_row_may_be_the_base_of_all(quantizer: Quantizer, launched: list[str
     assert torch.equal(found, expected) and launched == ["_decode_add"]
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered")
 def test_zeros_decode_to_zeros_and_huge_values_stay_finite(quantizer: Quantizer, launched: list[str]) -> None:
     x = rows(3, 64, quantizer.grid.device)
     x[0] = 0
@@ -101,6 +102,8 @@ def test_arguments_that_do_not_fit_are_refused(quantizer: Quantizer) -> None:
         higgs_decode_add(x, codes[:, 8:], scale, quantizer, out=x)
     with pytest.raises(ValueError, match="base is"):
         higgs_decode_add(x.half(), codes, scale, quantizer, out=x)
+    with pytest.raises(ValueError, match="64 channels do not divide into 3 groups"):
+        higgs_decode_add(x, codes, scale.expand(-1, 3).contiguous(), quantizer, out=x)
     with pytest.raises(ValueError, match="group is 48"):
         higgs_encode(x, quantizer, 48)
     with pytest.raises(ValueError, match="groups of 128"):

@@ -4,8 +4,11 @@ from torch import Tensor
 
 from aquifer.compression.aqua import load_quantizer
 from aquifer.kernels.higgs import higgs_encode
-from aquifer.kernels.landmarks import score_landmarks_ref
-from aquifer.kernels.triton.landmarks import pack_points, score_landmarks
+from aquifer.kernels.landmarks import score_landmarks_ref, select_tokens_ref
+from aquifer.kernels.triton.landmarks import pack_points, rank_tokens, score_landmarks
+
+# What numpy says where the interpreter takes the logarithm of an empty block, which is -inf as it should be.
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log")
 
 TOLERANCE = 2e-3
 """Scores are of order 1; queries and grid points are rounded to float16."""
@@ -64,6 +67,23 @@ def test_landmarks_inside_wider_rows_and_other_block_sizes_give_the_same(
     assert len(launched) == 2
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("group", [1, 3, 4])
+def test_the_largest_ranks_are_what_the_twin_selects(
+    group: int, shared: bool, device: torch.device, launched: list[str]
+) -> None:
+    scores = 4 * torch.randn(3, 2 * group, 512, generator=torch.Generator().manual_seed(2)).to(device)
+    scores[0, :, 257:] = -torch.inf
+    scores[2] = -torch.inf
+    ranks = rank_tokens(scores, scores.logsumexp(dim=2), 2, shared=shared)
+    assert launched == ["_rank_block"]
+    assert ranks.shape == (3, 1 if shared else 2, 512)
+    for request in range(2):
+        found = ranks[request].topk(31, dim=1).indices.sort(dim=1).values
+        assert torch.equal(found, select_tokens_ref(scores[request], 2, 31, shared=shared))
+    assert (ranks[0, :, 257:] == -torch.inf).all() and (ranks[2] == -torch.inf).all()
+
+
 def test_arguments_that_do_not_fit_are_refused(device: torch.device) -> None:
     points = pack_points(load_quantizer(2, device).grid)
     codes, scales = landmarks(256, 2, 64, device)
@@ -80,3 +100,5 @@ def test_arguments_that_do_not_fit_are_refused(device: torch.device) -> None:
         score_landmarks(queries, codes, scales, points, table, length, block_tokens=48)
     with pytest.raises(ValueError, match="3 query heads"):
         score_landmarks(queries[:, :3], codes, scales, points, table, length)
+    with pytest.raises(ValueError, match="do not fit 3 KV heads"):
+        rank_tokens(torch.zeros(1, 4, 256, device=device), torch.zeros(1, 4, device=device), 3, shared=True)
