@@ -1,7 +1,7 @@
 """Ranking tokens straight from packed 2-bit landmarks: decoded landmarks never exist in memory.
 
-A byte is one point of the 4-d grid. The table of 256 points in half precision is 2 KB and stays in the L1
-cache; a point is read as one word of 64 bits and taken apart by shifts. Coordinate i of all points of a
+A byte is one point of the 4-d grid. The table of 256 points in half precision is 2 KB; a point is looked up as
+one word of 64 bits and taken apart by shifts. Coordinate i of all points of a
 token meets coordinates i, i+4, ... of the query, so a score is four products of matrices of D/4 columns, and
 nothing has to be rearranged.
 
@@ -53,7 +53,11 @@ def _score_block(
         mask=valid[:, None],
         other=0,
     )
-    point = tl.load(points + code.to(tl.int32))
+    # Looked up in shared memory, where 32 threads wait for the fullest of 16 pairs of banks; a load through
+    # the L1 cache would wait for each of the table's 16 lines.
+    flat = tl.reshape(code.to(tl.int32), [BLOCK * (HEAD_DIM // 4)])
+    table = tl.load(points + tl.arange(0, 256))
+    point = tl.reshape(tl.gather(table, flat, 0), [BLOCK, HEAD_DIM // 4])
 
     row = tl.arange(0, ROWS)
     query_head = (request * tl.num_programs(1) + head) * GROUP + row
