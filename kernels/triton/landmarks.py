@@ -1,9 +1,8 @@
 """Ranking tokens straight from packed 2-bit landmarks: decoded landmarks never exist in memory.
 
-A byte is one point of the 4-d grid. The table of 256 points in half precision is 2 KB; a point is looked up as
-one word of 64 bits and taken apart by shifts. Coordinate i of all points of a
-token meets coordinates i, i+4, ... of the query, so a score is four products of matrices of D/4 columns, and
-nothing has to be rearranged.
+A byte is one point of the 4-d grid. The table of 256 points in half precision is 2 KB; a point is looked up
+as one word of 64 bits and taken apart by shifts. Coordinate i of all points of a token meets coordinates i,
+i+4, ... of the query, so a score is four products of matrices of D/4 columns, and nothing is rearranged.
 
 Bytes moved, per layer and request: codes and scales once, H * T * (D/4 + 2), and 4 * Hq * T for the scores;
 ranking reads the scores once and writes 4 * T per set of tokens.

@@ -14,19 +14,20 @@ from pathlib import Path
 import pytest
 import torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_WITHOUT_KERNELS = {"test_interpreted.py", "test_compiled.py"}
-_WITH_KERNELS = {path.name for path in Path(__file__).parent.glob("test_*.py")} - _WITHOUT_KERNELS
+if os.environ.get("TRITON_INTERPRET") == "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the interpreter is for CPU tensors
+    with_kernels = True
+else:
+    with_kernels = torch.cuda.is_available()
 
-if INTERPRETED:
-    collect_ignore = sorted(_WITHOUT_KERNELS)
-elif not torch.cuda.is_available():
-    collect_ignore = sorted(_WITH_KERNELS)
+_WITHOUT_KERNELS = {"test_interpreted.py", "test_compiled.py"}
+_ALL = {path.name for path in Path(__file__).parent.glob("test_*.py")}
+collect_ignore = sorted(_WITHOUT_KERNELS if with_kernels else _ALL - _WITHOUT_KERNELS)
 
 
 @pytest.fixture
 def device() -> torch.device:
-    return torch.device("cpu" if INTERPRETED else "cuda")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture
