@@ -20,8 +20,9 @@ def landmarks(slots: int, heads: int, head_dim: int, device: torch.device) -> tu
     return codes, scales
 
 
-@pytest.mark.parametrize(("heads", "group", "head_dim"), [(1, 1, 64), (2, 3, 64), (2, 4, 128)])
-@pytest.mark.parametrize("first", [0, 4])
+@pytest.mark.parametrize(
+    ("heads", "group", "head_dim", "first"), [(1, 1, 64, 0), (2, 3, 64, 4), (1, 4, 128, 4)]
+)
 def test_scores_of_many_requests_equal_their_twin(
     heads: int, group: int, head_dim: int, first: int, device: torch.device, launched: list[str]
 ) -> None:
