@@ -18,7 +18,7 @@ from aquifer.kernels.packing import pack, unpack, word_values, words
 # Cells per axis and reach of the cell table, by grid dimension. A point near the border of two grid points
 # may get the second nearest: the mean-squared error rises by 0.05 % (d2 n16) to 0.4 % (d2 n256), and by 3 %
 # for the 4-d grid, whose table would otherwise outgrow the cache. An exact search costs ten times the time.
-_CELLS = {2: (512, 5.0), 4: (32, 3.0)}
+CELLS = {2: (512, 5.0), 4: (32, 3.0)}
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Quantizer:
         """Tables for grid [n, d] with n = 16, 64 or 256, d = 2 or 4."""
         n, d = grid.shape
         index_bits = n.bit_length() - 1
-        count, reach = _CELLS[d]
+        count, reach = CELLS[d]
         axis = (torch.arange(count) + 0.5) * (2 * reach / count) - reach
         centres = torch.cartesian_prod(*[axis] * d)
         return cls(
@@ -78,7 +78,7 @@ def higgs_encode(x: Tensor, quantizer: Quantizer, group: int) -> tuple[Tensor, T
     tokens, channels = x.shape
     groups = x.unflatten(1, (channels // group, group))
     scale = _rms(groups)
-    count, reach = _CELLS[quantizer.dimension]
+    count, reach = CELLS[quantizer.dimension]
     to_cells = _inverse(scale).mul_(count / (2 * reach))
     # Truncation rounds down, since coordinates outside of the table, negative ones too, are clamped.
     cell = (groups * to_cells.unsqueeze(-1)).add_(count / 2).int().clamp_(0, count - 1)
