@@ -16,8 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aquifer.kernels.higgs import CELLS as CELLS
-from aquifer.kernels.higgs import Quantizer
+from aquifer.kernels.higgs import CELLS, Quantizer
 from aquifer.kernels.packing import indices_per_unit
 from aquifer.kernels.triton.checks import FLOATS, expect, expect_power_of_two
 
