@@ -24,6 +24,10 @@ from aquifer.server.engine.records import segment_span
 from aquifer.server.engine.runner import CachePass, PagedCache, attend_run
 from aquifer.server.engine.streams import SegmentReader
 
+MIN_SELECTED = 64
+"""Tokens selected at least. The tail of a prompt is up to 256 tokens long and counts in the budget; without a
+floor, a prompt of 4,095 tokens would select one token where one of 4,097 selects two hundred."""
+
 ROW_CACHE_STEPS = 4
 """Rows kept on the device, as a multiple of those that one step selects."""
 
@@ -43,10 +47,10 @@ class Selection:
 
     @classmethod
     def of(cls, prompt_tokens: int, budget: float, *, shared: bool) -> Selection:
-        """budget: (sinks + tail + selected) / prompt. At least one token is selected, where there is one."""
+        """budget: (sinks + tail + selected) / prompt; more if that leaves less than MIN_SELECTED."""
         indexed = indexed_tokens(prompt_tokens)
         exact = prompt_tokens - indexed  # sinks and tail
-        count = min(indexed, max(1, round(budget * prompt_tokens) - exact))
+        count = min(indexed, max(MIN_SELECTED, round(budget * prompt_tokens) - exact))
         return cls(count, SINK_TOKENS + min(indexed, ROW_CACHE_STEPS * count), shared)
 
     @property

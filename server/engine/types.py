@@ -44,8 +44,9 @@ class GenerateRequest:
 
     token_ids: BOS + document + inputs.
     cache_salt: tenant and request salt; requests with different salts share no segment.
-    budget: share of the prompt that selective attention reads, (sinks + tail + selected) / prompt; None: the
-        server's default. Matters to `selective`, and to `verified` for its drafts.
+    budget: share of the prompt that selective attention reads, (sinks + tail + selected) / prompt, but
+        never fewer than 64 selected tokens; None: the server's default. Matters to `selective`, and to
+        `verified` for its drafts.
     score_ids: when given, nothing is sampled: the event that ends the request carries the log
         probability of each of these tokens after the prompt (teacher forcing).
     store: whether the finished segments of this prompt are written to the tiers.

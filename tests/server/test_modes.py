@@ -259,7 +259,7 @@ def test_idle_pages_of_its_own_document_do_not_keep_a_request_from_starting(
     mode: KVMode, make_engine: MakeEngine
 ) -> None:
     model = tiny_model("llama")
-    engine = make_engine(model, pages=4, keep=True)
+    engine = make_engine(model, pages=5, keep=True)
     ids = prompt(14, 1000)
     answer(engine, ask(ids, "resident"))
     tokens, last = answer(engine, ask(ids, mode, 300))

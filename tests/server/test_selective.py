@@ -94,7 +94,7 @@ def test_keys_and_values_come_back_close_to_what_was_written() -> None:
         (8192, 0.05, 410 - 256 - 4),  # a whole segment is tail: its last token must be computed
         (8193, 0.05, 410 - 1 - 4),
         (8193, 0.01, 82 - 1 - 4),
-        (1000, 0.01, 1),  # the tail alone is above the budget
+        (1000, 0.01, 64),  # the tail alone is above the budget
         (8193, 1.0, 8192 - 4),
         (200, 0.5, 0),
     ],
