@@ -1,12 +1,20 @@
-"""Fixtures that several folders share: a real redis-server for each test that asks for one."""
+"""Fixtures that several folders share: logging, and a real redis-server for each test that asks for one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
 import pytest
+import structlog
 from redis_server import RedisServer, pick_port
 from waiting import wait_until
+
+
+@pytest.fixture(autouse=True)
+def logging_of_its_own() -> Iterator[None]:
+    """Commands run in a test configure logging for their process, which is everybody's here."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture
