@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
+from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar, cast
 
 import typer
 from rich.console import Console
@@ -18,8 +18,11 @@ from aquifer.server.settings import Settings
 
 if TYPE_CHECKING:
     from aquifer.workloads.comparison import ComparePlan, Record, Summary
+    from aquifer.workloads.evaluation import Progress
     from aquifer.workloads.offload import Method
     from aquifer.workloads.tasks import TaskName
+
+T = TypeVar("T")
 
 # ruff: noqa: UP045  (typer cannot read `X | None` inside Annotated)
 
@@ -76,10 +79,8 @@ def evaluate(
     from typing import get_args
 
     from aquifer.server.engine.types import KVMode
-    from aquifer.server.logs import configure_logging
     from aquifer.workloads import evaluation
 
-    configure_logging("error")
     if task not in get_args(evaluation.EvalTask):
         fail(f"no task {task!r}; there are {', '.join(get_args(evaluation.EvalTask))}")
     if mode not in get_args(KVMode):
@@ -96,16 +97,7 @@ def evaluate(
         cast(KVMode, mode),
         budget,
     )
-    with progress_bar("{task.description}") as bar:
-        shown = bar.add_task("loading", total=None)
-
-        def show(what: str, done: int, total: int) -> None:
-            bar.update(shown, description=what, completed=done, total=total)
-
-        try:
-            result = evaluation.evaluate(plan, settings, show)
-        except (ValueError, OSError) as error:
-            fail(str(error))
+    result = _with_progress(lambda show: evaluation.evaluate(plan, settings, show))
     if json_file is not None:
         evaluation.write_json(result, json_file)
     table = Table("figure", "value", box=None, show_header=False)
@@ -194,21 +186,14 @@ def compare_modes(
     ] = None,
 ) -> None:
     """Compare the service's decode modes: same tokens? how many drafts accepted? how much device memory?"""
-    from aquifer.server.logs import configure_logging
     from aquifer.workloads import modes
 
-    configure_logging("error")
-    with progress_bar("{task.description}") as bar:
-        shown = bar.add_task("loading", total=None)
-
-        def show(what: str, done: int, total: int) -> None:
-            bar.update(shown, description=what, completed=done, total=total)
-
-        try:
-            plan = modes.ModesPlan(_tasks(tasks), tokens, samples, seed, new_tokens, batch)
-            results = modes.compare_modes(plan, settings, show)
-        except (ValueError, OSError, RuntimeError) as error:
-            fail(str(error))
+    try:
+        plan = modes.ModesPlan(_tasks(tasks), tokens, samples, seed, new_tokens, batch)
+    except ValueError as error:
+        fail(str(error))
+    refusals = (ValueError, OSError, RuntimeError)
+    results = _with_progress(lambda show: modes.compare_modes(plan, settings, show), refusals)
     if json_file is not None:
         modes.write_results(results, json_file)
     columns = ("mode", "identical", "tokens", "score", "accepted", "checks/token", "device bytes/token")
@@ -236,8 +221,16 @@ def _tasks(names: str) -> tuple[TaskName, ...]:
 
 
 def _records(plan: ComparePlan, settings: Settings, json_file: Path | None) -> list[Record]:
-    from aquifer.server.logs import configure_logging
     from aquifer.workloads.comparison import compare as run
+
+    return _with_progress(lambda show: run(plan, settings, json_file, show))
+
+
+def _with_progress(
+    run: Callable[[Progress], T], refusals: tuple[type[Exception], ...] = (ValueError, OSError)
+) -> T:
+    """Run an evaluation behind a progress bar; its refusals end the command with their message."""
+    from aquifer.server.logs import configure_logging
 
     configure_logging("error")
     with progress_bar("{task.description}") as bar:
@@ -247,8 +240,8 @@ def _records(plan: ComparePlan, settings: Settings, json_file: Path | None) -> l
             bar.update(shown, description=what, completed=done, total=total)
 
         try:
-            return run(plan, settings, json_file, show)
-        except (ValueError, OSError) as error:
+            return run(show)
+        except refusals as error:
             fail(str(error))
 
 

@@ -146,6 +146,7 @@ class SelectiveCache:
         stored segments, in order, all filled. row_pages: pages of the pool for sinks and fetched rows."""
         self.pool, self._index, self._table = parts.pool, parts.index, table
         self._metrics, self._selection = parts.metrics, selection
+        self._fetched_bytes = parts.metrics.fetched_bytes.labels(mode="selective")
         self._segments = len(index_pages)
         spans = [segment_span(number) for number in range(self._segments)]
         self._landmarks = BlockTable(index_pages).runs(spans)
@@ -197,9 +198,7 @@ class SelectiveCache:
         per_row = heads if self._selection.shared else 1  # (token, head) pairs in what was chosen as one
         self._metrics.selected_tokens.inc(chosen.numel() * per_row)
         self._metrics.selected_hits.inc((chosen.numel() - fetched) * per_row)
-        self._metrics.fetched_bytes.labels(mode="selective").inc(
-            fetched * per_row * self._index.codec.row_bytes
-        )
+        self._fetched_bytes.inc(fetched * per_row * self._index.codec.row_bytes)
 
 
 class _SelectivePass:
