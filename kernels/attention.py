@@ -68,6 +68,29 @@ def attend_ref(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> tupl
     return out.to(q.dtype), lse.float()
 
 
+def attend_pages(
+    q: Tensor, keys: Tensor, values: Tensor, block_tables: Tensor, lengths: Tensor, *, page_tokens: int = 256
+) -> tuple[Tensor, Tensor]:
+    """Attention of one query token of each of many requests to its pages, in one layer of a pool.
+
+    q: [B, Hq, D]; keys, values: [H, slots, D], the slots of a page side by side
+    block_tables: int32 [B, pages], the pages of each request in order; or [B, H, pages] where every KV head
+        has its own
+    lengths: int32 [B], tokens to attend to; may be 0
+    Returns (out [B, Hq, D], lse float32 [B, Hq]); 0 and -inf for a request without tokens.
+    """
+    out, lse = torch.zeros_like(q), torch.full(q.shape[:2], -torch.inf, device=q.device)
+    offsets = torch.arange(page_tokens, device=q.device)
+    for request, length in enumerate(lengths.tolist()):
+        if not length:
+            continue
+        slots = (block_tables[request, ..., None] * page_tokens + offsets).flatten(-2)[..., :length].long()
+        where = slots.expand(keys.shape[0], -1)[..., None].expand(-1, -1, keys.shape[2])
+        own, own_lse = attend(q[request, :, None], keys.gather(1, where), values.gather(1, where))
+        out[request], lse[request] = own[:, 0], own_lse[:, 0]
+    return out, lse
+
+
 def merge_attention(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Join the attention of disjoint pieces of one cache.
 

@@ -19,3 +19,30 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
     return x * cos[:, None] + rotated * sin[:, None]
+
+
+def rotate_and_store(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Rotate the queries and keys of new tokens, and put keys and values into one layer of a pool.
+
+    q: [T, Hq, D]; k, v: [T, H, D], before RoPE; cos, sin: [T, D]
+    slots: int64 [T], where each token goes; those of negative slots go nowhere
+    keys, values: [H, S, D], changed in place
+    Returns q and k after RoPE, shaped as they came.
+    """
+    q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+    new_keys, new_values = k.transpose(0, 1), v.transpose(0, 1)
+    stored = slots >= 0
+    if not stored.all():
+        slots, new_keys, new_values = slots[stored], new_keys[:, stored], new_values[:, stored]
+    keys.index_copy_(1, slots, new_keys)
+    values.index_copy_(1, slots, new_values)
+    return q, k

@@ -24,6 +24,16 @@ MAX_SPLITS = 64
 """More would not fit into the registers of the program that merges them."""
 
 
+_LEAST_TOKENS = tl.constexpr(256)
+"""Of a split: in shorter ones, a program's start and the merge would cost more than the tokens."""
+
+
+@triton.jit
+def _blocks_per_split(blocks: tl.tensor, num_splits: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
+    """Splits that this leaves without blocks write nothing and are not merged."""
+    return tl.maximum(tl.cdiv(blocks, num_splits), _LEAST_TOKENS // BLOCK)
+
+
 @triton.jit
 def _attend_split(
     queries: tl.tensor,
@@ -47,8 +57,10 @@ def _attend_split(
     split, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + request)
     blocks = tl.cdiv(length, BLOCK)
-    per_split = tl.cdiv(blocks, tl.num_programs(0))
+    per_split = _blocks_per_split(blocks, tl.num_programs(0), BLOCK)
     first, last = split * per_split, tl.minimum(blocks, (split + 1) * per_split)
+    if first >= last:
+        return
 
     row, channel = tl.arange(0, ROWS), tl.arange(0, HEAD_DIM)
     query_head = (request * tl.num_programs(1) + head) * GROUP + row
@@ -78,29 +90,30 @@ def _attend_split(
         out = out * kept[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
         top = new_top
 
-    # A split without tokens weighs nothing: its log-sum-exp is -inf and its output 0.
-    empty = total == 0.0
-    lse = tl.where(empty, float("-inf"), top + tl.log2(tl.where(empty, 1.0, total)))
-    out = out / tl.where(empty, 1.0, total)[:, None]
     partial = query_head.to(tl.int64) * tl.num_programs(0) + split
-    tl.store(partial_lse + partial, lse, mask=row < GROUP)
-    tl.store(partial_out + partial[:, None] * HEAD_DIM + channel[None, :], out, mask=in_group)
+    tl.store(partial_lse + partial, top + tl.log2(total), mask=row < GROUP)
+    place = partial[:, None] * HEAD_DIM + channel[None, :]
+    tl.store(partial_out + place, out / total[:, None], mask=in_group)
 
 
 @triton.jit
 def _merge_splits(
     partial_out: tl.tensor,
     partial_lse: tl.tensor,
+    lengths: tl.tensor,
     out: tl.tensor,
     lse: tl.tensor,
     num_splits: tl.tensor,
+    query_heads: tl.tensor,
     HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
 ) -> None:
     """All splits of one query head of one request."""
     query_head = tl.program_id(0)
     split, channel = tl.arange(0, SPLITS), tl.arange(0, HEAD_DIM)
-    there = split < num_splits
+    blocks = tl.cdiv(tl.load(lengths + query_head // query_heads), BLOCK)
+    there = split < tl.cdiv(blocks, _blocks_per_split(blocks, num_splits, BLOCK))
     partial = query_head.to(tl.int64) * num_splits + split
     each_lse = tl.load(partial_lse + partial, mask=there, other=float("-inf"))
     top = tl.max(each_lse, axis=0)
@@ -130,7 +143,7 @@ def attend_pages(
 ) -> tuple[Tensor, Tensor]:
     """Attention of one query token of each of many requests to its cache, in one layer.
 
-    q: [B, Hq, D]; D is 64, 128 or 256
+    q: [B, Hq, D]; D is a power of two from 16 to 256
     keys, values: [H, slots, D], the pool of one layer, in q's dtype, the slots of a head side by side
     block_tables: int32 [B, pages], the pages of each request in order; or [B, H, pages] where every KV head
         has its own
@@ -141,7 +154,7 @@ def attend_pages(
     block_tokens: tokens per product of matrices. The default is to be measured.
     Returns (out [B, Hq, D] in q's dtype, lse float32 [B, Hq]); 0 and -inf for a request without tokens.
     Scores are scaled by 1/sqrt(D).
-    Twin: aquifer.kernels.attention.attend_ref over each request's slots.
+    Twin: aquifer.kernels.attention.attend_pages.
     """
     requests, num_q_heads, head_dim = q.shape
     num_heads, slots = keys.shape[:2]
@@ -151,7 +164,7 @@ def attend_pages(
     expect("values", values, keys.shape, q.dtype)
     expect("block_tables", block_tables, (requests, *([num_heads] if per_head else []), None), torch.int32)
     expect("lengths", lengths, (requests,), torch.int32)
-    expect_power_of_two("head_dim", head_dim, 64, 256)
+    expect_power_of_two("head_dim", head_dim, 16, 256)
     expect_power_of_two("page_tokens", page_tokens, 1, 1 << 16)
     expect_power_of_two("block_tokens", block_tokens, 16, 256)
     if num_q_heads % num_heads:
@@ -191,10 +204,13 @@ def attend_pages(
     _merge_splits[(requests * num_q_heads,)](
         partial_out,
         partial_lse,
+        lengths,
         out,
         lse,
         splits,
+        num_q_heads,
         HEAD_DIM=head_dim,
+        BLOCK=block_tokens,
         SPLITS=triton.next_power_of_2(splits),
         num_warps=4,
     )

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from aquifer.kernels.attention import attend, attend_ref, merge_attention
+from aquifer.kernels.attention import attend, attend_pages, attend_ref, merge_attention
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -59,3 +59,25 @@ def test_a_past_in_full_and_a_chunk_causally_equal_causal_attention_over_both() 
     past, own = slice(0, 180), slice(180, 500)
     parts = [attend(q[:, own], k[:, past], v[:, past]), attend(q[:, own], k[:, own], v[:, own], causal=True)]
     torch.testing.assert_close(merge_attention(parts), expected[:, own], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_attention_over_pages_equals_attention_over_the_tokens_in_them(per_head: bool) -> None:
+    q, keys, values = random_qkv(2, 3, 3, 1024, 32, torch.float32)
+    pages, lengths = [[2, 0], [3, 1], [1, 0]], [300, 0, 256]
+    tables = torch.tensor(pages, dtype=torch.int32, device=DEVICE)
+    if per_head:
+        tables = torch.stack((tables, tables.flip(1)), dim=1)
+    counts = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    out, lse = attend_pages(q.transpose(0, 1), keys, values, tables, counts)
+    for request, (own, length) in enumerate(zip(pages, lengths, strict=True)):
+        if not length:
+            assert not out[request].any() and (lse[request] == -torch.inf).all()
+            continue
+        for head in range(2):
+            order = own[::-1] if per_head and head else own
+            slots = torch.cat([torch.arange(256) + 256 * page for page in order])[:length].to(DEVICE)
+            queries = q[3 * head : 3 * head + 3, request, None]
+            expected, _ = attend_ref(queries, keys[head, None, slots], values[head, None, slots])
+            found = out[request, 3 * head : 3 * head + 3, None]
+            torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)

@@ -21,6 +21,7 @@ from aquifer.kernels.triton.emit import emit
 from aquifer.kernels.triton.higgs import higgs_decode_add, higgs_encode
 from aquifer.kernels.triton.landmarks import rank_tokens, score_landmarks
 from aquifer.kernels.triton.norms import add_rms_norm, rms_norm, swiglu
+from aquifer.kernels.triton.rope import rotate_and_store
 from aquifer.kernels.triton.rows import fetch_rows
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -153,6 +154,19 @@ def test_norms_and_swiglu_compile(compiled: _Compiled) -> None:
     add_rms_norm(x, x, weight, 1e-5)
     swiglu(x, x)
     assert compiled == ["_rms_norm", "_rms_norm", "_swiglu"]
+
+
+@pytest.mark.parametrize("tokens", [4, 512])
+def test_rotating_and_storing_compiles(tokens: int, compiled: _Compiled) -> None:
+    pool = torch.zeros(HEADS, SLOTS, HEAD_DIM, dtype=torch.bfloat16)
+    angles, slots = (
+        torch.zeros(tokens, HEAD_DIM, dtype=torch.bfloat16),
+        torch.zeros(tokens, dtype=torch.int32),
+    )
+    product = torch.zeros(tokens, (GROUP + 2) * HEADS, HEAD_DIM, dtype=torch.bfloat16)
+    q, k, v = product.split([GROUP * HEADS, HEADS, HEADS], dim=1)
+    rotate_and_store(q, k, v, angles, angles, slots, pool, pool)
+    assert compiled == ["_rotate_store"]
 
 
 def test_single_tokens_pages_and_splits_compile(compiled: _Compiled) -> None:
