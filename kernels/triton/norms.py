@@ -66,15 +66,17 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """x / sqrt(mean(x²) + epsilon) * weight, over the last dimension.
 
     x: float [..., N], contiguous; weight: [N], in x's dtype
-    Computes in float32; the normed row is rounded to x's dtype before it is weighted, as models do.
-    Source: arXiv 1910.07467. Twin: rms_norm_ref.
+    Twin: aquifer.kernels.norms.rms_norm.
     """
     out, _ = _normed(x, None, weight, epsilon)
     return out
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """(rms_norm(x + residual), x + residual); residual like x. Twin: rms_norm_ref of the sum."""
+    """(rms_norm(x + residual), x + residual); residual like x.
+
+    Twin: aquifer.kernels.norms.add_rms_norm.
+    """
     return _normed(x, residual, weight, epsilon)
 
 
@@ -83,7 +85,7 @@ def swiglu(gate: Tensor, up: Tensor, *, block: int = 1024) -> Tensor:
 
     gate, up: [T, F], float, of one dtype; rows may be strided, such as two halves of one product
     block: values per program, a power of two. The default is to be measured.
-    Computes in float32 and rounds once. Source: arXiv 2002.05202. Twin: swiglu_ref.
+    Computes in float32 and rounds once. Twin: aquifer.kernels.norms.swiglu.
     """
     rows, width = gate.shape
     expect("gate", gate, (None, None), FLOATS)
@@ -93,17 +95,6 @@ def swiglu(gate: Tensor, up: Tensor, *, block: int = 1024) -> Tensor:
     grid = (rows, triton.cdiv(width, block))
     _swiglu[grid](gate, up, out, gate.stride(0), up.stride(0), width, BLOCK=block, num_warps=4)
     return out
-
-
-def rms_norm_ref(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """The same in float32 and one step at a time."""
-    wide = x.float()
-    return (wide * (wide.square().mean(-1, keepdim=True) + epsilon).rsqrt()).to(x.dtype) * weight
-
-
-def swiglu_ref(gate: Tensor, up: Tensor) -> Tensor:
-    """The same, one step at a time."""
-    return (gate.float() * gate.float().sigmoid() * up.float()).to(gate.dtype)
 
 
 def _normed(x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 The model's own submodules do all arithmetic (norms, projections, optional q/k norms, MLP or MoE
 block, rotary module), so new checkpoints of a family need nothing here; what the walk adds is the
-keys before RoPE, which is what gets compressed, and one place for attention.
+keys before RoPE, which is what gets compressed, and one place for attention. On a GPU, modules that
+are what a fused kernel implements give way to it (layers.py).
 """
 
 from __future__ import annotations
@@ -18,13 +19,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from aquifer.compression.spec import KVSpec
+from aquifer.kernels.backend import Backend, backend_for
 from aquifer.kernels.rope import apply_rope
+from aquifer.server.models.layers import fused_layer, fused_norm, plain_layer
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [N, Hq, D], k before RoPE [N, H, D], k [N, H, D], v [N, H, D]) -> [N, Hq, D]"""
+
+Rotate = Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(layer, q, k, v, cos [N, D], sin [N, D]) -> q and k after RoPE"""
 
 
 class UnsupportedModelError(ValueError):
@@ -34,8 +40,9 @@ class UnsupportedModelError(ValueError):
 class DecoderAdapter:
     """One loaded decoder. N tokens of any mixture of requests go through it as one flat batch."""
 
-    def __init__(self, model: PreTrainedModel, *, max_tokens: int) -> None:
-        """max_tokens: the longest sequence that will be served; a window below it is refused."""
+    def __init__(self, model: PreTrainedModel, *, max_tokens: int, backend: Backend | None = None) -> None:
+        """max_tokens: the longest sequence that will be served; a window below it is refused.
+        backend: by default what suits the model's device."""
         check_supported(model.config, max_tokens)
         self._model = model.eval()
         self._body: Any = model.get_decoder()  # Any: families differ, submodules are found by name
@@ -51,40 +58,56 @@ class DecoderAdapter:
             dtype=attention.k_proj.weight.dtype,
             rope=json.dumps(dict(config.rope_parameters), sort_keys=True, default=float),
         )
+        self.backend = backend or backend_for(self.device, self.spec.dtype, self.spec.head_dim)
+        layers, head_dim = self._body.layers, self.spec.head_dim
+        if self.backend.fuses:
+            self._layers = [fused_layer(layer, head_dim, self.backend) for layer in layers]
+            final_norm = fused_norm(self._body.norm, self.backend)
+            self._final_norm: Callable[[Tensor], Tensor] = lambda hidden: final_norm(hidden, None)[0]
+        else:
+            self._layers = [plain_layer(layer, head_dim) for layer in layers]
+            self._final_norm = self._body.norm
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the weights that were joined
+
+    @property
+    def graphable(self) -> bool:
+        """Whether a step of it can be recorded as a CUDA graph."""
+        return all(layer.graphable for layer in self._layers)
 
     @torch.inference_mode()
-    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, attend: Attend, rotate: Rotate | None = None
+    ) -> Tensor:
         """Run all layers over N tokens.
 
-        token_ids, positions: [N] int64. attend is called once per layer, in order, and must store
-        the new keys and values itself.
+        token_ids, positions: int [N]. attend is called once per layer, in order. New keys and values must be
+        stored by it, or by rotate, which is called before it and applies RoPE.
         Returns hidden states [N, hidden] before the final norm.
         """
-        num_tokens = token_ids.shape[0]
         cos, sin = self.rope_table(positions)
-        # The leading 1 is the batch dimension that MoE blocks insist on.
         hidden = self._body.embed_tokens(token_ids)[None]
-        for index, layer in enumerate(self._body.layers):
-            attention = layer.self_attn
-            x = layer.input_layernorm(hidden)
-            q = attention.q_proj(x).view(num_tokens, self.num_q_heads, self.spec.head_dim)
-            k_pre = attention.k_proj(x).view(num_tokens, self.spec.num_kv_heads, self.spec.head_dim)
-            v = attention.v_proj(x).view(num_tokens, self.spec.num_kv_heads, self.spec.head_dim)
-            if hasattr(attention, "q_norm"):
-                q, k_pre = attention.q_norm(q), attention.k_norm(k_pre)
-            out = attend(index, apply_rope(q, cos, sin), k_pre, apply_rope(k_pre, cos, sin), v)
-            hidden = hidden + attention.o_proj(out.reshape(1, num_tokens, -1))
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        return hidden[0]
+        delta: Tensor | None = None
+        for index, layer in enumerate(self._layers):
+            x, hidden = layer.input_norm(hidden, delta)
+            q, k_pre, v = layer.project(x)
+            if rotate is None:
+                q, k = apply_rope(q, cos, sin), apply_rope(k_pre, cos, sin)
+            else:
+                q, k = rotate(index, q, k_pre, v, cos, sin)
+            out = attend(index, q, k_pre, k, v)
+            x, hidden = layer.middle_norm(hidden, layer.output(out.reshape(1, out.shape[0], -1)))
+            delta = layer.mlp(x)
+        return (hidden if delta is None else hidden + delta)[0]
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [N, hidden] as `forward` returned it. Returns [N, vocab] float32."""
-        return self._model.get_output_embeddings()(self._body.norm(hidden)).float()
+        return self._model.get_output_embeddings()(self._final_norm(hidden)).float()
 
     @torch.inference_mode()
     def rope_table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions: [N] int64. Returns cos and sin, [N, D] each, in the model's dtype."""
+        """positions: int [N]. Returns cos and sin, [N, D] each, in the model's dtype."""
         like = torch.empty(0, dtype=self.spec.dtype, device=self.device)
         cos, sin = self._body.rotary_emb(like, positions[None])
         return cos[0], sin[0]

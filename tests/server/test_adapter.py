@@ -1,5 +1,6 @@
 """The layer walk computes what the model's own forward computes, and refuses what it could not."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import (
 )
 
 from aquifer.kernels.attention import attend_ref
+from aquifer.kernels.backend import PLAIN
 from aquifer.server.models.adapter import (
     DecoderAdapter,
     UnsupportedModelError,
@@ -33,15 +35,41 @@ def causal(layer: int, q: Tensor, k_pre: Tensor, k: Tensor, v: Tensor) -> Tensor
     return out.transpose(0, 1)
 
 
+@pytest.mark.parametrize("fuses", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_equal_the_models_own_forward(family: str) -> None:
+def test_logits_equal_the_models_own_forward(family: str, fuses: bool) -> None:
+    """Fused layers, too; on a CPU those run plain operations."""
     model = tiny_model(family)
-    adapter = DecoderAdapter(model, max_tokens=4096)
     ids = torch.randint(0, 299, (700,), device=DEVICE)
-    hidden = adapter.forward(ids, torch.arange(700, device=DEVICE), causal)
     with torch.inference_mode():
         expected = model(ids[None]).logits[0]
+    backend = None if fuses and DEVICE.type == "cuda" else replace(PLAIN, fuses=fuses)
+    adapter = DecoderAdapter(model, max_tokens=4096, backend=backend)
+    hidden = adapter.forward(ids, torch.arange(700, device=DEVICE), causal)
     torch.testing.assert_close(adapter.logits(hidden), expected, rtol=1e-4, atol=1e-4)
+    assert adapter.graphable == (fuses and family != "qwen3-moe")
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "some"])
+def test_fused_weights_are_the_models_own(bias: str) -> None:
+    """One copy in memory, and the model's modules go on working with it."""
+    model = tiny_model("qwen2")
+    attention = model.get_decoder().layers[0].self_attn
+    if bias != "all":
+        attention.k_proj.bias = None
+    if bias == "none":
+        attention.q_proj.bias = attention.v_proj.bias = None
+    ids = torch.randint(0, 299, (1, 20), device=DEVICE)
+    with torch.inference_mode():
+        expected = model(ids).logits
+        size = DecoderAdapter(model, max_tokens=4096, backend=PLAIN).weight_bytes()
+        adapter = DecoderAdapter(model, max_tokens=4096, backend=replace(PLAIN, fuses=True))
+        torch.testing.assert_close(model(ids).logits, expected)
+        hidden = adapter.forward(ids[0], torch.arange(20, device=DEVICE), causal)
+        torch.testing.assert_close(adapter.logits(hidden), expected[0], rtol=1e-4, atol=1e-4)
+    assert adapter.weight_bytes() == size
+    storages = {attention.get_submodule(f"{n}_proj").weight.untyped_storage().data_ptr() for n in "qkv"}
+    assert len(storages) == 1
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3-yarn"])
