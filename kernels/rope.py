@@ -34,7 +34,7 @@ def rotate_and_store(
     """Rotate the queries and keys of new tokens, and put keys and values into one layer of a pool.
 
     q: [T, Hq, D]; k, v: [T, H, D], before RoPE; cos, sin: [T, D]
-    slots: int64 [T], where each token goes; those of negative slots go nowhere
+    slots: int [T], where each token goes; those of negative slots go nowhere
     keys, values: [H, S, D], changed in place
     Returns q and k after RoPE, shaped as they came.
     """
@@ -43,6 +43,7 @@ def rotate_and_store(
     stored = slots >= 0
     if not stored.all():
         slots, new_keys, new_values = slots[stored], new_keys[:, stored], new_values[:, stored]
+    slots = slots.long()
     keys.index_copy_(1, slots, new_keys)
     values.index_copy_(1, slots, new_values)
     return q, k

@@ -21,7 +21,7 @@ MAX_DRAFTS = 16
 
 
 class Decoding(Protocol):
-    """Decides what a request contributes to the next step, and what the step's logits mean."""
+    """Decides what a request contributes to the next step, and what comes of the step's result."""
 
     @property
     def drafts(self) -> DraftCounts | None:
@@ -30,8 +30,9 @@ class Decoding(Protocol):
     def rows(self, token_id: int, position: int, remaining: int) -> Rows:
         """token_id: the last token of the answer, at `position`. remaining: tokens it may still get."""
 
-    def take(self, logits: Tensor) -> list[Choice]:
-        """The tokens that the step has settled, maybe none. logits: [R, vocab] on the CPU, R new tokens."""
+    def take(self, result: Tensor | Choice) -> list[Choice]:
+        """The tokens that the step has settled, maybe none. result: logits [R, vocab] on the CPU, R new
+        tokens; or the most likely next token, if the rows asked for no more."""
 
 
 class OneByOne:
@@ -44,10 +45,10 @@ class OneByOne:
         self._sampler = sampler
 
     def rows(self, token_id: int, position: int, remaining: int) -> Rows:
-        return Rows([token_id], position, self._cache)
+        return Rows([token_id], position, self._cache, greedy=self._sampler.takes_the_best)
 
-    def take(self, logits: Tensor) -> list[Choice]:
-        return [self._sampler.choose(logits[0])]
+    def take(self, result: Tensor | Choice) -> list[Choice]:
+        return [result if isinstance(result, Choice) else self._sampler.choose(result[0])]
 
 
 class Verified:
@@ -82,12 +83,13 @@ class Verified:
             return Rows([token_id, *self._tokens], position, self._exact)
         return Rows([[token_id, *self._tokens][-1]], position + len(self._tokens), self._cheap)
 
-    def take(self, logits: Tensor) -> list[Choice]:
+    def take(self, result: Tensor | Choice) -> list[Choice]:
+        assert isinstance(result, Tensor)  # its rows ask for logits
         if not self._checking:
-            self._proposals.append(self._sampler.distribution(logits[0], self._tokens))
+            self._proposals.append(self._sampler.distribution(result[0], self._tokens))
             self._tokens.append(self._sampler.draw(self._proposals[-1]))
             return []
-        choices = self._sampler.accept(self._tokens, self._proposals, logits)
+        choices = self._sampler.accept(self._tokens, self._proposals, result)
         drafted, accepted = len(self._tokens), len(choices) - 1
         self._length.saw(accepted, drafted)
         self.drafts = self.drafts.plus(drafted, accepted)

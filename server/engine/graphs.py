@@ -8,11 +8,21 @@ steps fill the graph's inputs and replay it: one launch in place of hundreds.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from aquifer.server.engine.runner import Rows
+from aquifer.compression.spec import SEGMENT_TOKENS
+from aquifer.kernels.backend import Backend
+from aquifer.server.engine.pages import PagePool, pages_of
+from aquifer.server.engine.parts import EngineParts
+from aquifer.server.engine.runner import FastStep, PagedCache, Rows
+from aquifer.server.engine.sampling import Choice
+from aquifer.server.models.adapter import DecoderAdapter
+
+GraphMemory = Any  # torch names its type privately
+"""Memory that graphs share: one is replayed at a time, and none keeps anything there."""
 
 
 class GraphedAttention(Protocol):
@@ -24,15 +34,192 @@ class GraphedAttention(Protocol):
     graph is recorded the step runs once with `prepare([], bucket)`, so that everything is compiled.
     """
 
+    @property
+    def device_bytes(self) -> int:
+        """What it holds on the device besides pages and landmarks."""
+
     def accepts(self, row: Rows) -> bool:
         """Whether it can serve this row now: one new token over a cache of the kind it knows."""
 
     def prepare(self, rows: Sequence[Rows], bucket: int) -> Sequence[int]:
         """Fill the inputs of `rows`, and of bucket - len(rows) more that attend to nothing.
 
-        Returns the slot in the pool of each row's new token; the step stores keys and values there."""
+        The device has read what was filled before. Returns the slot in the pool of each row's new token; the
+        step stores keys and values there."""
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """q: [bucket, Hq, D] after RoPE; the new tokens' keys and values stand in the pool already.
 
         Returns [bucket, Hq, D]; anything finite in rows that attend to nothing."""
+
+
+def graphed_steps(parts: EngineParts) -> list[FastStep]:
+    """The kinds of steps that this engine replays; none where kernels or model do not allow it."""
+    adapter, most = parts.adapter, parts.limits.max_running
+    if not (adapter.backend.fuses and adapter.graphable):
+        return []
+    memory = torch.cuda.graph_pool_handle()
+    lanes = PagedLanes(parts.pool, adapter.backend, most, pages_of(adapter.max_positions))
+    return [GraphedStep(adapter, parts.pool, lanes, most, memory)]
+
+
+class GraphedStep:
+    """Steps over caches of one kind."""
+
+    def __init__(
+        self,
+        adapter: DecoderAdapter,
+        pool: PagePool,
+        attention: GraphedAttention,
+        max_rows: int,
+        memory: GraphMemory | None,
+    ) -> None:
+        """memory: of the graphs. None: compute every step instead of recording it, as a CPU must."""
+        self._adapter, self._pool, self._attention = adapter, pool, attention
+        self._memory, self._max_rows = memory, max_rows
+        # Token ids, positions and slots.
+        self._host, self._inputs = host_and_device(3 * max_rows, adapter.device)
+        self._ids, self._positions, self._slots = self._inputs.view(3, max_rows)
+        self._logits = torch.empty(max_rows, adapter.vocab_size, device=adapter.device)
+        # The most likely tokens and the bits of their log probabilities: read back in one piece.
+        self._best = torch.empty(2, max_rows, dtype=torch.int32, device=adapter.device)
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graph_bytes = 0
+
+    @property
+    def device_bytes(self) -> int:
+        own = sum(t.numel() * t.element_size() for t in (self._inputs, self._logits, self._best))
+        return own + self._graph_bytes + self._attention.device_bytes
+
+    def accepts(self, row: Rows) -> bool:
+        return self._attention.accepts(row)
+
+    @torch.inference_mode()
+    def run(self, rows: Sequence[Rows]) -> list[Tensor | Choice]:
+        bucket = bucket_of(len(rows), self._max_rows)
+        if self._memory is None:
+            self._fill(rows, bucket)
+            self._compute(bucket)
+        else:
+            graph = self._graphs.get(bucket) or self._record(bucket, self._memory)
+            self._fill(rows, bucket)
+            graph.replay()
+        return self._read(rows)
+
+    def _fill(self, rows: Sequence[Rows], bucket: int) -> None:
+        slots = self._attention.prepare(rows, bucket)
+        unused = bucket - len(rows)
+        host = self._host.view(3, -1).numpy()
+        host[0, :bucket] = [row.token_ids[0] for row in rows] + [0] * unused
+        host[1, :bucket] = [row.start for row in rows] + [0] * unused
+        host[2, :bucket] = [*slots] + [-1] * unused
+        self._inputs.copy_(self._host, non_blocking=True)
+
+    def _compute(self, bucket: int) -> None:
+        """What a graph holds."""
+        slots, pool, backend = self._slots[:bucket], self._pool, self._adapter.backend
+
+        def rotate(
+            layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            return backend.rotate_and_store(q, k, v, cos, sin, slots, pool.keys[layer], pool.values[layer])
+
+        def attend(layer: int, q: Tensor, k_pre: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return self._attention.attend(layer, q)
+
+        hidden = self._adapter.forward(self._ids[:bucket], self._positions[:bucket], attend, rotate)
+        logits = self._logits[:bucket].copy_(self._adapter.logits(hidden))
+        best = logits.argmax(dim=-1, keepdim=True)  # of equal ones the first
+        logprobs = logits.gather(1, best) - logits.logsumexp(dim=-1, keepdim=True)
+        self._best[0, :bucket] = best[:, 0]
+        self._best[1, :bucket] = logprobs[:, 0].view(torch.int32)
+
+    def _record(self, bucket: int, memory: GraphMemory) -> torch.cuda.CUDAGraph:
+        self._fill([], bucket)
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            self._compute(bucket)
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # Waits for the device first. Other threads may go on using it while this one records.
+        with torch.cuda.graph(graph, pool=memory, stream=side, capture_error_mode="thread_local"):
+            self._compute(bucket)
+        self._graphs[bucket] = graph
+        segments = torch.cuda.memory_snapshot()
+        self._graph_bytes = sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == memory)
+        return graph
+
+    def _read(self, rows: Sequence[Rows]) -> list[Tensor | Choice]:
+        """The most likely token of rows that want no more, the logits [1, vocab] of others."""
+        ids, bits = self._best[:, : len(rows)].cpu()
+        results: list[Tensor | Choice] = [
+            Choice(token, logprob)
+            for token, logprob in zip(ids.tolist(), bits.view(torch.float32).tolist(), strict=True)
+        ]
+        wanted = [number for number, row in enumerate(rows) if not row.greedy]
+        if wanted:
+            logits = self._logits[wanted].cpu()
+            for number, own in zip(wanted, logits.split(1), strict=True):
+                results[number] = own
+        return results
+
+
+class PagedLanes:
+    """See GraphedAttention: sequences whose whole KV lies in pages of the pool."""
+
+    def __init__(self, pool: PagePool, backend: Backend, max_rows: int, max_pages: int) -> None:
+        self._pool, self._backend = pool, backend
+        width = min(max_pages, pool.num_pages)
+        self._host, self._inputs = host_and_device(max_rows * (1 + width), pool.keys.device)
+        self._host_lengths, self._host_tables = _lengths_and_tables(self._host, max_rows)
+        self._lengths, self._tables = _lengths_and_tables(self._inputs, max_rows)
+        self._filled: list[list[int | None]] = [[] for _ in range(max_rows)]
+        """Pages that stand in the tables already: most steps add none."""
+
+    @property
+    def device_bytes(self) -> int:
+        return self._inputs.numel() * self._inputs.element_size()
+
+    def accepts(self, row: Rows) -> bool:
+        if not isinstance(row.cache, PagedCache) or len(row.token_ids) != 1:
+            return False
+        return None not in row.cache.table.pages
+
+    def prepare(self, rows: Sequence[Rows], bucket: int) -> Sequence[int]:
+        lengths, tables = self._host_lengths.numpy(), self._host_tables.numpy()
+        lengths[:bucket] = [row.start + 1 for row in rows] + [0] * (bucket - len(rows))
+        slots: list[int] = []
+        for number, row in enumerate(rows):
+            assert isinstance(row.cache, PagedCache)
+            pages = row.cache.table.pages
+            if self._filled[number] != pages:
+                self._filled[number] = list(pages)
+                tables[number, : len(pages)] = pages
+            page, offset = divmod(row.start, SEGMENT_TOKENS)
+            slots.append(tables[number, page] * SEGMENT_TOKENS + offset)
+        self._inputs.copy_(self._host, non_blocking=True)
+        return slots
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        bucket = q.shape[0]
+        keys, values = self._pool.keys[layer], self._pool.values[layer]
+        out, _ = self._backend.attend_pages(q, keys, values, self._tables[:bucket], self._lengths[:bucket])
+        return out
+
+
+def bucket_of(rows: int, most: int) -> int:
+    """Rows of the graph that serves so many: a power of two up to 16, then a multiple of 8."""
+    bucket = 1 << (rows - 1).bit_length() if rows <= 16 else -(-rows // 8) * 8
+    return min(bucket, most)
+
+
+def host_and_device(numbers: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Two int32 tensors of so many zeros: one to fill, page-locked if that helps, and one to copy it to."""
+    host = torch.zeros(numbers, dtype=torch.int32, pin_memory=device.type == "cuda")
+    return host, torch.zeros(numbers, dtype=torch.int32, device=device)
+
+
+def _lengths_and_tables(numbers: Tensor, max_rows: int) -> tuple[Tensor, Tensor]:
+    """[max_rows] and [max_rows, pages], views of one tensor, which is copied in one piece."""
+    return numbers[:max_rows], numbers[max_rows:].view(max_rows, -1)

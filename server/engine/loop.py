@@ -18,6 +18,7 @@ import structlog
 from aquifer.server.engine.admission import Admission
 from aquifer.server.engine.decoding import OneByOne, Verified
 from aquifer.server.engine.fetch import Fetched, Fetcher
+from aquifer.server.engine.graphs import graphed_steps
 from aquifer.server.engine.parts import EngineParts
 from aquifer.server.engine.reading import Claims, PromptReader
 from aquifer.server.engine.records import prompt_usage
@@ -47,7 +48,7 @@ class StepLoop:
         """post: runs an action on the loop's thread, from any thread."""
         self._parts, self._admission, self._post = parts, admission, post
         self._limits, self._metrics = parts.limits, parts.metrics
-        self._runner = ModelRunner(parts.adapter, parts.pool)
+        self._runner = ModelRunner(parts.adapter, parts.pool, graphed_steps(parts))
         self._reader = SegmentReader(parts.adapter, parts.codec, parts.raw, parts.metrics)
         self._fetcher = Fetcher(parts.codec, parts.raw, parts.store, parts.gate)
         self._writer = SegmentWriter(parts.codec, parts.raw, parts.store, parts.metrics)
@@ -78,7 +79,7 @@ class StepLoop:
 
     @property
     def staging_bytes(self) -> int:
-        """Device bytes of what the last forward pass reconstructed and did not keep."""
+        """Device bytes of what the last pass reconstructed and did not keep, and of recorded steps."""
         return self._runner.staging_bytes
 
     @property
@@ -241,14 +242,14 @@ class StepLoop:
             return
         try:
             rows = [state.next_rows() for state in batch]
-            logits = self._runner.step(rows).cpu().split([len(row.token_ids) for row in rows])
+            results = self._runner.step(rows)
         except Exception as error:
             for state in batch:
                 self._fail(state, error)
             return
-        for state, own in zip(batch, logits, strict=True):
+        for state, result in zip(batch, results, strict=True):
             try:
-                self._emit(state, state.take(own))
+                self._emit(state, state.take(result))
             except Exception as error:
                 self._fail(state, error)
 

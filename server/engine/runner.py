@@ -13,6 +13,7 @@ from aquifer.compression.spec import SEGMENT_TOKENS
 from aquifer.kernels.attention import attend, merge_attention
 from aquifer.server.engine.fetch import StoredSegment
 from aquifer.server.engine.pages import BlockTable, PagePool
+from aquifer.server.engine.sampling import Choice
 from aquifer.server.engine.streams import SegmentReader, SegmentSource
 from aquifer.server.models.adapter import DecoderAdapter
 
@@ -50,58 +51,100 @@ class SequenceCache(Protocol):
 
 @dataclass(frozen=True)
 class Rows:
-    """What one sequence contributes to a pass: new tokens from position `start`, and its cache."""
+    """What one sequence contributes to a pass: new tokens from position `start`, and its cache.
+
+    greedy: whether the most likely next token is all that is asked for.
+    """
 
     token_ids: Sequence[int]
     start: int
     cache: SequenceCache
+    greedy: bool = False
+
+
+class FastStep(Protocol):
+    """A faster way to compute steps of some kind."""
+
+    @property
+    def device_bytes(self) -> int:
+        """What it holds on the device besides pages and landmarks."""
+
+    def accepts(self, row: Rows) -> bool:
+        """Whether it can compute this row, beside any others that it accepts."""
+
+    def run(self, rows: Sequence[Rows]) -> list[Tensor | Choice]:
+        """As `ModelRunner.step`."""
 
 
 class ModelRunner:
     """Joins the adapter (arithmetic of the model) with the pool (where its KV lies)."""
 
-    def __init__(self, adapter: DecoderAdapter, pool: PagePool) -> None:
+    def __init__(self, adapter: DecoderAdapter, pool: PagePool, fast: Sequence[FastStep] = ()) -> None:
         self._adapter = adapter
         self._pool = pool
-        self.staging_bytes = 0
-        """Of the pass that is running, or of the last one."""
+        self._fast = fast
+        self._pass_bytes = 0
+
+    @property
+    def staging_bytes(self) -> int:
+        """Device bytes of the pass that is running, or of the last one, and of what waits for the next."""
+        return self._pass_bytes + sum(fast.device_bytes for fast in self._fast)
 
     def prefill(self, token_ids: Sequence[int], start: int, cache: SequenceCache) -> tuple[Tensor, LayerKV]:
         """Compute a chunk of one sequence. Returns hidden states [T, hidden] and the KV before RoPE."""
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
-        hidden = self._forward([Rows(token_ids, start, cache)], kept=(keys, values))
-        return hidden, LayerKV(torch.stack(keys), torch.stack(values))
+        spec, device = self._adapter.spec, self._adapter.device
+        shape = (spec.num_layers, len(token_ids), spec.channels)
+        keys, values = (torch.empty(shape, dtype=spec.dtype, device=device) for _ in range(2))
+        kept = LayerKV(keys, values)
+        return self._forward([Rows(token_ids, start, cache)], kept), kept
 
-    def step(self, rows: Sequence[Rows]) -> Tensor:
-        """Compute new tokens of many sequences together. Returns logits [N, vocab] float32, in order."""
-        return self._adapter.logits(self._forward(rows))
+    def step(self, rows: Sequence[Rows]) -> list[Tensor | Choice]:
+        """Compute new tokens of many sequences together.
+
+        Returns for each sequence, in order, the logits [R, vocab] float32 on the CPU after its R new tokens;
+        or the most likely token, where that is all it asked for and it did not have to be looked for here.
+        """
+        results: dict[int, Tensor | Choice] = {}
+        left = list(range(len(rows)))
+        for fast in self._fast:
+            own = [number for number in left if fast.accepts(rows[number])]
+            if own:
+                results |= zip(own, fast.run([rows[number] for number in own]), strict=True)
+                left = [number for number in left if number not in results]
+        if left:
+            own_rows = [rows[number] for number in left]
+            logits = self._adapter.logits(self._forward(own_rows)).cpu()
+            results |= zip(left, logits.split([len(row.token_ids) for row in own_rows]), strict=True)
+        return [results[number] for number in range(len(rows))]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [N, hidden]. Returns [N, vocab] float32."""
         return self._adapter.logits(hidden)
 
-    def _forward(self, rows: Sequence[Rows], kept: tuple[list[Tensor], list[Tensor]] | None = None) -> Tensor:
-        """kept: lists that get keys before RoPE and values [N, C] of every layer."""
-        device = self._adapter.device
+    def _forward(self, rows: Sequence[Rows], kept: LayerKV | None = None) -> Tensor:
+        """kept: gets the KV of all new tokens."""
+        device, pool = self._adapter.device, self._pool
         passes = [row.cache.open(row.start, len(row.token_ids)) for row in rows]
-        self.staging_bytes = sum(one.staging_bytes for one in passes)
+        self._pass_bytes = sum(one.staging_bytes for one in passes)
         spans: list[slice] = []
         for row in rows:
             first = spans[-1].stop if spans else 0
             spans.append(slice(first, first + len(row.token_ids)))
-        slots = [slot for one in passes for slot in one.slots]
-        stored = [index for index, slot in enumerate(slots) if slot is not None]
-        where = torch.tensor([slots[index] for index in stored], dtype=torch.int64, device=device)
-        chosen = None if len(stored) == len(slots) else torch.tensor(stored, dtype=torch.int64, device=device)
+        slots = torch.tensor(
+            [-1 if slot is None else slot for one in passes for slot in one.slots], device=device
+        )
+
+        def rotate(
+            layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            into = pool.keys[layer], pool.values[layer]
+            return self._adapter.backend.rotate_and_store(q, k, v, cos, sin, slots, *into)
 
         def attention(layer: int, q: Tensor, k_pre: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if kept is not None:
-                kept[0].append(k_pre.flatten(1))
-                kept[1].append(v.flatten(1))
+                kept.keys[layer].view(k_pre.shape).copy_(k_pre)
+                kept.values[layer].view(v.shape).copy_(v)
             q, k, v = (t.transpose(0, 1) for t in (q, k, v))
-            for pooled, new in ((self._pool.keys, k), (self._pool.values, v)):
-                pooled[layer].index_copy_(1, where, new if chosen is None else new.index_select(1, chosen))
             outs = [
                 one.attend(layer, q[:, span], k[:, span], v[:, span])
                 for one, span in zip(passes, spans, strict=True)
@@ -112,7 +155,7 @@ class ModelRunner:
         positions = torch.cat(
             [torch.arange(row.start, row.start + len(row.token_ids), device=device) for row in rows]
         )
-        return self._adapter.forward(token_ids, positions, attention)
+        return self._adapter.forward(token_ids, positions, attention, rotate)
 
 
 class PagedCache:

@@ -31,6 +31,11 @@ class Sampler:
         # Only the penalty needs to know what was seen; most requests do not pay for it.
         self._seen = set(prompt_ids) if params.repetition_penalty != 1.0 else None
 
+    @property
+    def takes_the_best(self) -> bool:
+        """Whether `choose` is nothing but taking the most likely token."""
+        return self._params.temperature == 0.0 and self._seen is None
+
     def choose(self, logits: Tensor) -> Choice:
         """logits: [vocab] float32 on the CPU. The log probability is the model's own, before penalty,
         temperature and cuts."""

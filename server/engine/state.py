@@ -88,10 +88,10 @@ class RequestState:
         remaining = self.request.sampling.max_new_tokens - len(self.generated)
         return self.decoding.rows(self.generated[-1], position, remaining)
 
-    def take(self, logits: Tensor) -> list[Choice]:
-        """The tokens that a decode step settled. logits: [R, vocab] of this request's rows, on the CPU."""
+    def take(self, result: Tensor | Choice) -> list[Choice]:
+        """The tokens that a decode step settled. result: what it gave for this request's rows."""
         assert self.decoding is not None
-        return self.decoding.take(logits)
+        return self.decoding.take(result)
 
     @property
     def ttft_seconds(self) -> float:

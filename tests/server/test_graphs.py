@@ -1,0 +1,147 @@
+"""Recorded decode steps answer like plain ones. On a CPU the same step is computed instead of replayed."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import DEVICE, FAMILIES, tiny_model
+from torch import Tensor
+
+from aquifer.kernels.backend import PLAIN, backend_for
+from aquifer.server.engine.graphs import GraphedStep, PagedLanes, bucket_of
+from aquifer.server.engine.pages import BlockTable, PagePool
+from aquifer.server.engine.runner import ModelRunner, PagedCache, Rows
+from aquifer.server.engine.sampling import Choice, Sampler
+from aquifer.server.engine.types import SamplingParams
+from aquifer.server.models.adapter import DecoderAdapter
+
+ON_GPU = DEVICE.type == "cuda"
+MAX_ROWS = 12
+PAGES = 40
+
+
+class Setting:
+    """A tiny model over one pool: a runner that steps plainly and one with recorded steps."""
+
+    def __init__(self, family: str = "llama") -> None:
+        model = tiny_model(family)
+        plain = DecoderAdapter(model, max_tokens=4096, backend=PLAIN)
+        spec = plain.spec
+        self.pool = PagePool(spec, PAGES * 256 * spec.bytes_per_token, DEVICE, keep=False)
+        self.plain = ModelRunner(plain, self.pool)
+        backend = backend_for(DEVICE, spec.dtype, spec.head_dim)
+        fused = DecoderAdapter(model, max_tokens=4096, backend=replace(backend, fuses=True))
+        lanes = PagedLanes(self.pool, fused.backend, MAX_ROWS, 16)
+        memory = torch.cuda.graph_pool_handle() if ON_GPU else None
+        self.step = GraphedStep(fused, self.pool, lanes, MAX_ROWS, memory)
+        self.fast = ModelRunner(fused, self.pool, [self.step])
+
+    def read(self, length: int, seed: int) -> PagedCache:
+        """A cache of so many random tokens, with room for more, on pages in no order."""
+        ids = random.Random(seed).choices(range(299), k=length)
+        pages = self.pool.allocate((length + 16) // 256 + 1)
+        assert pages is not None
+        random.Random(seed).shuffle(pages)
+        cache = PagedCache(self.pool, BlockTable(pages))
+        self.plain.prefill(ids, 0, cache)
+        return cache
+
+
+def greedy(result: Tensor | Choice) -> Choice:
+    return result if isinstance(result, Choice) else Sampler(SamplingParams(), ()).choose(result[0])
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "qwen3-moe"])
+def test_tokens_and_probabilities_equal_those_of_plain_steps(family: str) -> None:
+    """Sequences of many lengths, joining and leaving, across the edge of a page."""
+    setting = Setting(family)
+    lengths = [1, 250, 255, 256, 700, 1300]
+    caches = [setting.read(length, seed) for seed, length in enumerate(lengths)]
+    tokens = list(range(5, 5 + len(lengths)))
+    for step in range(8):
+        running = [n for n in range(len(lengths)) if n != step % 4]
+        rows = [Rows([tokens[n]], lengths[n], caches[n], greedy=True) for n in running]
+        expected = [greedy(result) for result in setting.plain.step(rows)]
+        found = setting.fast.step(rows)
+        for n, one, other in zip(running, found, expected, strict=True):
+            assert isinstance(one, Choice)
+            assert one.token_id == other.token_id
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+            tokens[n], lengths[n] = one.token_id, lengths[n] + 1
+
+
+def test_rows_that_want_logits_get_theirs() -> None:
+    setting = Setting()
+    caches = [setting.read(length, length) for length in (300, 40, 600)]
+    starts = (300, 40, 600)
+    rows = [Rows([7], at, cache, greedy=at == 40) for at, cache in zip(starts, caches, strict=True)]
+    expected = setting.plain.step(rows)
+    found = setting.fast.step(rows)
+    assert isinstance(found[1], Choice)
+    for one, other in ((found[0], expected[0]), (found[2], expected[2])):
+        assert isinstance(one, Tensor) and isinstance(other, Tensor)
+        assert (one.device.type, one.dtype) == ("cpu", torch.float32)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_that_cannot_be_recorded_are_computed_plainly_beside_the_others() -> None:
+    setting = Setting()
+    one, several = setting.read(300, 1), setting.read(500, 2)
+    rows = [Rows([5, 6, 7], 500, several), Rows([9], 300, one), Rows([8], 500, several)]
+    expected = setting.plain.step(rows[:1]) + setting.plain.step(rows[1:2]) + setting.plain.step(rows[2:])
+    found = setting.fast.step(rows)
+    assert [len(result) for result in found if isinstance(result, Tensor)] == [3, 1, 1]
+    for result, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(result, other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_page_that_changes_hands_is_read_by_its_new_owner_only() -> None:
+    """Tables that stand already are not filled again, so what they show must be noticed when it changes."""
+    setting = Setting()
+    first, second = setting.read(300, 1), setting.read(300, 2)
+    setting.fast.step([Rows([5], 300, first), Rows([5], 300, second)])
+    first.table.pages, second.table.pages = second.table.pages, first.table.pages
+    rows = [Rows([5], 300, first), Rows([5], 300, second)]
+    for result, other in zip(setting.fast.step(rows), setting.plain.step(rows), strict=True):
+        torch.testing.assert_close(result, other, rtol=1e-4, atol=1e-4)
+
+
+def test_unused_rows_of_a_bucket_write_nothing() -> None:
+    setting = Setting()
+    caches = [setting.read(20, seed) for seed in range(3)]
+    before = setting.pool.keys.clone()
+    setting.fast.step([Rows([5], 20, cache) for cache in caches])
+    changed = (setting.pool.keys != before).any(dim=0).any(dim=0).any(dim=-1)
+    assert sorted(changed.nonzero().flatten().tolist()) == sorted(
+        cache.table.pages[0] * 256 + 20 for cache in caches if cache.table.pages[0] is not None
+    )
+
+
+def test_a_sequence_with_segments_off_the_device_is_not_accepted() -> None:
+    setting = Setting()
+    cache = setting.read(300, 1)
+    assert setting.step.accepts(Rows([5], 300, cache))
+    assert not setting.step.accepts(Rows([5, 6], 300, cache))
+    cache.table.pages[0] = None
+    assert not setting.step.accepts(Rows([5], 300, cache))
+
+
+def test_of_equal_logits_the_first_token_is_taken() -> None:
+    """As on the plain path: otherwise texts would differ."""
+    setting = Setting()
+    model = setting.step._adapter._model
+    with torch.no_grad():
+        weight = model.get_output_embeddings().weight
+        weight[200:] = weight[:100]
+    cache = setting.read(50, 1)
+    for token in range(20):
+        (result,) = setting.fast.step([Rows([token], 50, cache, greedy=True)])
+        assert isinstance(result, Choice) and result.token_id < 200
+
+
+@pytest.mark.parametrize(
+    ("rows", "bucket"), [(1, 1), (2, 2), (3, 4), (9, 16), (16, 16), (17, 24), (25, 32), (33, 36), (36, 36)]
+)
+def test_buckets_waste_little_and_never_exceed_the_limit(rows: int, bucket: int) -> None:
+    assert bucket_of(rows, most=36) == bucket
