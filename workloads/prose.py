@@ -58,10 +58,10 @@ _SYLLABLES: dict[Split, list[str]] = {"train": _syllables("train"), "heldout": _
 def coined_word(rng: random.Random, split: Split) -> str:
     """A capitalized word that exists in no other split, of two or three syllables.
 
-    One training word in eight is a string of random letters instead, so that a model learns to copy what
+    One training word in four is a string of random letters instead, so that a model learns to copy what
     it has never seen. It holds a letter that no syllable has, which keeps the splits apart.
     """
-    if split == "train" and rng.random() < 0.125:
+    if split == "train" and rng.random() < 0.25:
         word = rng.choices(string.ascii_lowercase, k=rng.randint(3, 8))
         word[rng.randrange(len(word))] = rng.choice(_UNUSED_LETTERS)
         return "".join(word).capitalize()

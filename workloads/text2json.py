@@ -58,9 +58,11 @@ _HEAD_STARTS = ("", "", "the ", "this ", "a certain ")
 _HEAD_LINKS = (
     *("", "", "called ", "named ", "no. ", "number ", "code ", "model "),
     *("node ", "type ", "labelled ", "known as ", "entry "),
+    *("Dr ", "Prof ", "Sir "),
 )
+_VARIED_SHARE = 0.7
 _VARIED_HEADS_SHARE = 0.5
-_INVENTED_CLAUSES_SHARE = 0.25
+_INVENTED_CLAUSES_SHARE = 0.35
 _HELDOUT_PHRASING_SHARE = 0.3
 _REUSED_NAME_SHARE = 0.06
 _SIMILAR_NAME_SHARE = 0.3
@@ -127,10 +129,10 @@ class _Writer:
     def __init__(self, rng: random.Random, split: Split) -> None:
         self._rng, self._split = rng, split
         self._names: dict[Kind, list[str]] = {}
-        # Half of the training documents hold phrases that are composed anew, partly of words that mean
-        # nothing: what a value is must then be seen from the sentence and from its form, which is what
-        # held-out phrases ask for.
-        self._varied = split == "train" and rng.random() < 0.5
+        # Most training documents hold phrases that are composed anew, partly of words that mean nothing:
+        # what a value is must then be seen from the sentence and from its form, which is what held-out
+        # phrases ask for.
+        self._varied = split == "train" and rng.random() < _VARIED_SHARE
         unseen = split == "heldout" and rng.random() < _HELDOUT_PHRASING_SHARE
         self._frames = _FRAMES if unseen else _FRAMES[:-_HELDOUT_FRAMES]
         self._questions = _QUESTIONS if unseen else _QUESTIONS[:-_HELDOUT_QUESTIONS]

@@ -57,7 +57,7 @@ STAGES = (
     Stage({1152: 0.9, 576: 0.1}, 0.003, 1.0, 0.1),
     Stage({4608: 0.7, 2304: 0.15, 1152: 0.15}, 0.003, 0.25, 0.05),
     Stage({9216: 0.65, 4608: 0.15, 2304: 0.1, 1152: 0.1}, 0.0015, 0.3, 0.03),
-    Stage({18432: 0.35, 9216: 0.3, 4608: 0.15, 2304: 0.1, 1152: 0.1}, 0.0, 1.0, 0.03),
+    Stage({18432: 0.2, 9216: 0.4, 4608: 0.3, 2304: 0.05, 1152: 0.05}, 0.0, 1.0, 0.03),
 )
 
 
@@ -346,6 +346,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--total-seconds", type=float, default=Settings.total_seconds, help="planned training time"
     )
+    parser.add_argument(
+        "--decay-share",
+        type=float,
+        default=Settings.decay_share,
+        help="of the planned time, at its end, in which the rate falls to nothing",
+    )
     parser.add_argument("--resume", type=Path, help="checkpoint file or exported folder")
     parser.add_argument("--checkpoint", type=Path, help="where to save the full state")
     parser.add_argument("--seed", type=int, default=Settings.seed)
@@ -355,7 +361,11 @@ def main(arguments: list[str] | None = None) -> None:
     )
     a = parser.parse_args(arguments)
     settings = Settings(
-        seed=a.seed, total_seconds=a.total_seconds, workers=a.workers, eval_samples=max(a.eval_samples, 1)
+        seed=a.seed,
+        total_seconds=a.total_seconds,
+        decay_share=a.decay_share,
+        workers=a.workers,
+        eval_samples=max(a.eval_samples, 1),
     )
     command = shlex.join(["python", "-m", "aquifer.workloads.reference.train", *(arguments or sys.argv[1:])])
     train_reference(a.out, settings, a.seconds, a.resume, a.checkpoint, a.eval_samples > 0, command)
