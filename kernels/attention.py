@@ -10,6 +10,7 @@ Bytes moved per piece: K and V once, 2 * H * S * D elements. Twin: `attend_ref`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -28,7 +29,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> tuple[Te
     num_q_heads, rows, head_dim = q.shape
     num_heads = k.shape[0]
     group = num_q_heads // num_heads
-    if causal:
+    if _knows_groups(q) and (causal or rows >= _UNFOLDED_ROWS):
+        out, lse = _sdpa(q[None], k[None], v[None], causal=causal)
+    elif causal:
         # The diagonal ties query rows to keys, so the group cannot be folded into rows: expand KV
         # instead. It is one chunk, small against the past.
         k, v = (t.repeat_interleave(group, dim=0) if group > 1 else t for t in (k, v))
@@ -40,8 +43,41 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> tuple[Te
     return out.reshape(num_q_heads, rows, head_dim), lse.reshape(num_q_heads, rows)
 
 
+def attend_in_pieces(q: Tensor, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """`attend` to any number of keys, as parts for `merge_attention`: cut so that cuDNN sees few shapes."""
+    cuts = [0]
+    if _suits_cudnn(q):
+        while k.shape[1] - cuts[-1] >= _LEAST_PIECE:
+            cuts.append(cuts[-1] + (1 << (k.shape[1] - cuts[-1]).bit_length() - 1))
+    if cuts[-1] < k.shape[1]:
+        cuts.append(k.shape[1])
+    return [attend(q, k[:, first:last], v[:, first:last]) for first, last in pairwise(cuts)]
+
+
+_UNFOLDED_ROWS = 128
+"""From so many on, operators that know groups fill the device without folding them."""
+
+_CUDNN_ROWS = 1024
+"""cuDNN is used for multiples of it. From there on it is twice as fast as flash attention (H200: 670 against
+350 TFLOP/s), but it takes about 40 ms to prepare for each new shape; so it gets chunks of prefill, which are
+equally long but for the last, and keys in pieces of a power of two."""
+
+_LEAST_PIECE = 4096
+
+
+def _knows_groups(q: Tensor) -> bool:
+    """Whether the operators that serve it take fewer KV heads than query heads."""
+    return q.device.type == "cuda" and q.dtype != torch.float32
+
+
+def _suits_cudnn(q: Tensor) -> bool:
+    """q: [..., R, D]"""
+    rows, head_dim = q.shape[-2:]
+    return _knows_groups(q) and rows > 0 and rows % _CUDNN_ROWS == 0 and head_dim in (64, 128)
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """Fused attention that also gives log-sum-exp. q: [1, H, R, D]; k, v: [1, H, S, D].
+    """Fused attention that also gives log-sum-exp. q: [1, Hq, R, D]; k, v: [1, H, S, D].
 
     The public scaled_dot_product_attention drops the log-sum-exp, hence the operators behind it.
     """
@@ -50,6 +86,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, Ten
     elif q.dtype == torch.float32:
         out, lse, *_ = _aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal)
         lse = lse[..., : q.shape[2]]  # padded to a multiple of 32 rows
+    elif _suits_cudnn(q) and (causal or (k.shape[2] >= _LEAST_PIECE and k.shape[2].bit_count() == 1)):
+        out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal)
     else:
         out, lse, *_ = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
     return out, lse
@@ -99,6 +137,14 @@ def merge_attention(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """
     if len(parts) == 1:
         return parts[0][0]
+    if (
+        parts[0][0].ndim == 3
+        and parts[0][0].device.type == "cuda"
+        and parts[0][0].shape[-1] in (16, 32, 64, 128, 256)
+    ):
+        from aquifer.kernels.triton.attention import merge_parts
+
+        return merge_parts(parts)[0]
     weights = torch.softmax(torch.stack([lse for _, lse in parts]), dim=0)
     merged = sum(out * w[..., None] for (out, _), w in zip(parts, weights, strict=True))
     assert isinstance(merged, Tensor)

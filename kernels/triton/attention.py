@@ -1,4 +1,5 @@
-"""Decode attention over pages, split along the cache so that a single long request fills the device.
+"""Decode attention over pages, split along the cache so that a single long request fills the device; and the
+merge of attention over pieces.
 
 One program attends the query heads of one KV head to one split of one request; a second, small kernel joins
 the splits by the rule of `merge_attention`. The log-sum-exp comes out as well, so that the result can be
@@ -7,6 +8,8 @@ merged with attention over what lies elsewhere (segments that are streamed, rows
 Bytes moved: K and V of every token once, 2 * H * T * D elements per request, and for every split
 4 * Hq * (D + 1) bytes written and read again.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -215,3 +218,82 @@ def attend_pages(
         num_warps=4,
     )
     return out, lse
+
+
+MAX_PARTS = 8
+"""That one program of `merge_parts` reads; more are merged in rounds."""
+
+
+@triton.jit
+def _merge_parts(
+    outs: tl.tuple,
+    lses: tl.tuple,
+    merged: tl.tensor,
+    merged_lse: tl.tensor,
+    rows: tl.tensor,
+    lse_strides: tl.tuple,
+    strides: tl.tuple,
+    PARTS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Some rows of one head."""
+    head = tl.program_id(1).to(tl.int64)
+    row, channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, HEAD_DIM)
+    exists = row < rows
+    top = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
+    for part in tl.static_range(PARTS):
+        lse = tl.load(lses[part] + head * lse_strides[part] + row, mask=exists, other=float("-inf"))
+        top = tl.maximum(top, lse)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    out = tl.zeros([BLOCK, HEAD_DIM], dtype=tl.float32)
+    for part in tl.static_range(PARTS):
+        lse = tl.load(lses[part] + head * lse_strides[part] + row, mask=exists, other=float("-inf"))
+        weight = tl.exp(lse - top)
+        total += weight
+        place = (
+            head * strides[2 * part] + row[:, None].to(tl.int64) * strides[2 * part + 1] + channel[None, :]
+        )
+        out += tl.load(outs[part] + place, mask=exists[:, None], other=0.0).to(tl.float32) * weight[:, None]
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    place = (row[:, None].to(tl.int64) * tl.num_programs(1) + head) * HEAD_DIM + channel[None, :]
+    tl.store(merged + place, out / total[:, None], mask=exists[:, None])
+    lse = tl.where(empty, float("-inf"), top + tl.log(total))
+    tl.store(merged_lse + head * rows + row, lse, mask=exists)
+
+
+def merge_parts(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Join the attention of disjoint pieces of one cache.
+
+    parts: (out [Hq, R, D], lse [Hq, R] float32) of each, the last dimension contiguous, any other strides of
+        out; D is a power of two
+    Returns (out [Hq, R, D], with the heads of a row side by side, lse [Hq, R]).
+    Twin: aquifer.kernels.attention.merge_attention.
+    """
+    while len(parts) > MAX_PARTS:
+        parts = [merge_parts(parts[:MAX_PARTS]), *parts[MAX_PARTS:]]
+    heads, rows, head_dim = parts[0][0].shape
+    dtype, device = parts[0][0].dtype, parts[0][0].device
+    expect_power_of_two("head_dim", head_dim, 16, 256)
+    for out, lse in parts:
+        expect("out", out, (heads, rows, head_dim), dtype)
+        expect("lse", lse, (heads, rows), torch.float32)
+    merged = torch.empty(rows, heads, head_dim, dtype=dtype, device=device)
+    merged_lse = torch.empty(heads, rows, device=device)
+    block = 16
+    _merge_parts[(triton.cdiv(rows, block), heads)](
+        tuple(out for out, _ in parts),
+        tuple(lse for _, lse in parts),
+        merged,
+        merged_lse,
+        rows,
+        tuple(lse.stride(0) for _, lse in parts),
+        tuple(stride for out, _ in parts for stride in out.stride()[:2]),
+        PARTS=len(parts),
+        HEAD_DIM=head_dim,
+        BLOCK=block,
+        num_warps=4,
+    )
+    return merged.transpose(0, 1), merged_lse

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from aquifer.compression.spec import SEGMENT_TOKENS
-from aquifer.kernels.attention import attend, merge_attention
+from aquifer.kernels.attention import attend, attend_in_pieces, merge_attention
 from aquifer.server.engine.fetch import StoredSegment
 from aquifer.server.engine.pages import BlockTable, PagePool
 from aquifer.server.engine.sampling import Choice
@@ -228,9 +228,12 @@ class PagedPass:
         self._stream = source.open() if source else None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        parts = [attend_run(self._pool, layer, q, run) for run in self._past]
+        keys, values = self._pool.keys[layer], self._pool.values[layer]
+        parts: list[tuple[Tensor, Tensor]] = []
+        for first, last in self._past:
+            parts += attend_in_pieces(q, keys[:, first:last], values[:, first:last])
         if self._stream is not None:
-            parts.append(attend(q, *self._stream.next_layer()))
+            parts += attend_in_pieces(q, *self._stream.next_layer())
         if self._causal:
             parts.append(attend(q, k, v, causal=True))
         return merge_attention(parts)

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from aquifer.kernels.attention import attend_ref, merge_attention
-from aquifer.kernels.triton.attention import attend_pages
+from aquifer.kernels.triton.attention import attend_pages, merge_parts
 
 # The interpreter multiplies bfloat16 wrongly, so that one is for devices.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3}
@@ -97,3 +97,34 @@ def test_arguments_that_do_not_fit_are_refused(device: torch.device) -> None:
         attend_pages(q[:, :3], keys, keys, table, length)
     with pytest.raises(ValueError, match="keys has strides"):
         attend_pages(q, keys[:, ::2], keys[:, ::2], table, length)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("count", "rows"), [(1, 1), (2, 5), (5, 40), (19, 3)])
+def test_merged_parts_equal_their_twin(
+    count: int, rows: int, dtype: torch.dtype, device: torch.device, launched: list[str]
+) -> None:
+    """Parts of several layouts, some of which weigh nothing."""
+    parts: list[tuple[Tensor, Tensor]] = []
+    for number in range(count):
+        out = normal(4, rows, 64 + number, dtype=dtype, device=device)[..., :64].contiguous()
+        lse = 3 * normal(4, rows + number, dtype=torch.float32, device=device)[:, :rows]
+        if number % 3 == 1:
+            out = out.transpose(0, 1).contiguous().transpose(0, 1)
+            lse[0] = -torch.inf
+        parts.append((out, lse))
+    out, lse = merge_parts(parts)
+    assert out.dtype == dtype and out.transpose(0, 1).is_contiguous()
+    wide = torch.stack([part.double() for part, _ in parts])
+    weights = torch.stack([own.double() for _, own in parts])
+    expected = (weights.softmax(0)[..., None] * wide).sum(0)
+    torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    torch.testing.assert_close(lse.double(), weights.logsumexp(0), atol=1e-5, rtol=1e-5)
+    assert set(launched) == {"_merge_parts"}
+
+
+def test_merging_parts_without_tokens_gives_nothing(device: torch.device, launched: list[str]) -> None:
+    nothing = torch.zeros(2, 3, 16, device=device), torch.full((2, 3), -torch.inf, device=device)
+    out, lse = merge_parts([nothing, nothing])
+    assert not out.any() and (lse == -torch.inf).all()
+    assert launched == ["_merge_parts"]

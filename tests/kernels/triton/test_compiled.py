@@ -16,13 +16,15 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction, KernelInterface
 
 from aquifer.compression.aqua import load_quantizer
-from aquifer.kernels.triton.attention import attend_pages
+from aquifer.kernels.triton.attention import attend_pages, merge_parts
 from aquifer.kernels.triton.emit import emit
 from aquifer.kernels.triton.higgs import higgs_decode_add, higgs_encode
-from aquifer.kernels.triton.landmarks import rank_tokens, score_landmarks
+from aquifer.kernels.triton.landmarks import score_landmarks
+from aquifer.kernels.triton.lanes import NOBODY, lay_out
 from aquifer.kernels.triton.norms import add_rms_norm, rms_norm, swiglu
 from aquifer.kernels.triton.rope import rotate_and_store
-from aquifer.kernels.triton.rows import fetch_rows
+from aquifer.kernels.triton.rows import fetch_rows, find_rows
+from aquifer.kernels.triton.select import select_tokens
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED_MEMORY_BYTES = 232_448  # of one block on an H100 or H200
@@ -83,18 +85,23 @@ def int32(*shape: int) -> torch.Tensor:
     return torch.zeros(shape, dtype=torch.int32)
 
 
-def test_scoring_and_ranking_landmarks_compile(compiled: _Compiled) -> None:
-    scores, lse = score_landmarks(
-        torch.zeros(2, HEADS * GROUP, HEAD_DIM),
+@pytest.mark.parametrize("sets", [1, HEADS])
+def test_selecting_tokens_compiles(sets: int, compiled: _Compiled) -> None:
+    lanes, lists = torch.zeros(2, len(NOBODY), dtype=torch.int64), int32(2, sets, 512)
+    lay_out(lanes, lists, int32(2), sinks=4)
+    partial_lse = score_landmarks(
+        torch.zeros(2, HEADS * GROUP, HEAD_DIM, dtype=torch.bfloat16),
+        torch.ones(HEAD_DIM),
         torch.zeros(SLOTS, HEADS * HEAD_DIM // 4, dtype=torch.uint8),
         torch.zeros(SLOTS, HEADS, dtype=torch.float16),
-        torch.zeros(256, dtype=torch.int64),
-        int32(2, PAGES),
-        int32(2),
+        torch.zeros(256, 4),
+        lanes,
+        first=4,
     )
-    rank_tokens(scores, lse, HEADS, shared=False)
-    rank_tokens(scores, lse, HEADS, shared=True)
-    assert compiled == ["_score_block", "_rank_block", "_rank_block"]
+    select_tokens(lanes, partial_lse, sets, first=4)
+    find_rows(lanes, 3, lists, torch.zeros(2, dtype=torch.int64), sinks=4)
+    expected = ["_lay_out", "_tabulate", "_score", "_rank", "_refine", "_choose", "_find_rows"]
+    assert compiled == expected
 
 
 @pytest.mark.parametrize("page_tokens", [1, 256])
@@ -103,6 +110,13 @@ def test_attention_compiles(page_tokens: int, compiled: _Compiled) -> None:
     q = torch.zeros(2, HEADS * GROUP, HEAD_DIM, dtype=torch.bfloat16)
     attend_pages(q, pool, pool, int32(2, SLOTS // page_tokens), int32(2), page_tokens=page_tokens)
     assert compiled == ["_attend_split", "_merge_splits"]
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_merging_attention_compiles(count: int, compiled: _Compiled) -> None:
+    out = torch.zeros(512, HEADS * GROUP, HEAD_DIM, dtype=torch.bfloat16).transpose(0, 1)
+    merge_parts([(out, torch.zeros(HEADS * GROUP, 512))] * count)
+    assert compiled == ["_merge_parts"]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -123,9 +137,9 @@ def test_decoding_and_encoding_compile(bits: int, compiled: _Compiled) -> None:
 def test_fetching_rows_compiles(sets: int, dtype: torch.dtype, compiled: _Compiled) -> None:
     pool = torch.zeros(HEADS, SLOTS, HEAD_DIM, dtype=dtype)
     fetch_rows(
+        torch.zeros(2, len(NOBODY), dtype=torch.int64),
+        int32(2, sets),
         torch.zeros(SLOTS, HEADS, HEAD_DIM + 4, dtype=torch.uint8),
-        int32(sets, 64),
-        int32(sets, 64),
         torch.zeros(256, 2),
         torch.ones(HEAD_DIM),
         torch.zeros(HEADS, HEAD_DIM),
@@ -174,9 +188,24 @@ def test_single_tokens_pages_and_splits_compile(compiled: _Compiled) -> None:
     pool, q = torch.zeros(1, 256, 64, dtype=torch.float16), torch.zeros(1, 1, 64, dtype=torch.float16)
     attend_pages(q, pool, pool, int32(1, 1), int32(1), splits=1)
     codes, scales = torch.zeros(256, 16, dtype=torch.uint8), torch.zeros(256, 1, dtype=torch.float16)
-    score_landmarks(q, codes, scales, torch.zeros(256, dtype=torch.int64), int32(1, 1), int32(1), first=1)
-    rows, table = torch.zeros(256, 1, 68, dtype=torch.uint8), torch.zeros(256, 2)
-    fetch_rows(rows, int32(1, 1), int32(1, 1), table, torch.ones(64), torch.zeros(1, 64), pool, pool)
+    lanes, signs = torch.zeros(1, len(NOBODY), dtype=torch.int64), torch.ones(64)
+    lse = score_landmarks(q, signs, codes, scales, torch.zeros(256, 4), lanes, first=1, parts=1)
+    select_tokens(lanes, lse, 1, first=1)
+    find_rows(lanes, 1, int32(1, 1, 1), torch.zeros(2, dtype=torch.int64), sinks=1)
+    rows, grid = torch.zeros(256, 1, 68, dtype=torch.uint8), torch.zeros(256, 2)
+    fetch_rows(lanes, int32(1, 1), rows, grid, signs, torch.zeros(1, 64), pool, pool)
     emit(torch.zeros(1, 64), torch.ones(64), 64, int32(1), pool)
     higgs_encode(torch.zeros(1, 64), load_quantizer(2, torch.device("cpu")), 64)
-    assert compiled == ["_attend_split", "_merge_splits", "_score_block", "_fetch_rows", "_emit", "_encode"]
+    assert compiled == [
+        *(
+            "_attend_split",
+            "_merge_splits",
+            "_tabulate",
+            "_score",
+            "_rank",
+            "_refine",
+            "_choose",
+            "_find_rows",
+        ),
+        *("_fetch_rows", "_emit", "_encode"),
+    ]
