@@ -1,13 +1,35 @@
-"""Fixtures that several folders share: logging, and a real redis-server for each test that asks for one."""
+"""What several folders share: the device, logging, and a real redis-server for whoever asks."""
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
 import structlog
 from redis_server import RedisServer, pick_port
 from waiting import wait_until
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", help="where engines run: cpu or cuda; default: cuda where there is one")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Read by tests/support/devices.py when the first test module is imported, after this.
+    device = config.getoption("--device")
+    if device:
+        os.environ["TEST_DEVICE"] = device
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Add up what tests have counted with record_property("counted: ...", number)."""
+    sums: Counter[str] = Counter()
+    for report in terminalreporter.getreports(""):
+        sums.update({name: int(str(value)) for name, value in report.user_properties if "counted" in name})
+    for name, count in sorted(sums.items()):
+        terminalreporter.write_line(f"{name} {count:,}")
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from devices import DEVICE
 from redis_server import RedisServer
 from service_process import ServiceProcess, readable_model
 from tiny_tokenizer import tiny_tokenizer
@@ -15,7 +16,8 @@ from transformers import PreTrainedModel
 # Small, exact, and the same on every machine: answers can be compared with plain `generate`, whatever
 # tier they came from. Without the device's own cache every repeated document goes through the tiers.
 EXACT = {
-    "device": "cpu",
+    "device": str(DEVICE),
+    "dtype": "float32",
     "threads": 1,
     "codec": "raw",
     "load_gate": "always",
@@ -33,7 +35,7 @@ StartService = Callable[..., ServiceProcess]
 @pytest.fixture(scope="session")
 def model() -> PreTrainedModel:
     """The model under test, in this process, to compare with."""
-    return readable_model().cpu()
+    return readable_model()
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,14 @@
 """The engine's promise: with a lossless codec, whatever else is running and wherever the KV came
 from, the tokens are those of plain `generate`."""
 
-import random
-import threading
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
+from asking import answer, ask, prompt, submit, text_of
 from tiny_models import DEVICE, FAMILIES, greedy_reference, tiny_model
 
 from aquifer.cachestore.keys import chain_keys, make_namespace
@@ -16,7 +16,6 @@ from aquifer.server.engine.engine import Engine, EngineError
 from aquifer.server.engine.types import (
     Event,
     FailedEvent,
-    FinishedEvent,
     GenerateRequest,
     ProgressEvent,
     SamplingParams,
@@ -26,45 +25,15 @@ from aquifer.server.engine.types import (
 MakeEngine = Callable[..., Engine]
 
 
-def prompt(seed: int, length: int) -> tuple[int, ...]:
-    return tuple(random.Random(seed).choices(range(299), k=length))
-
-
-def ask(ids: tuple[int, ...], new_tokens: int = 8, **fields: object) -> GenerateRequest:
-    name = f"{random.random()}"
-    return GenerateRequest(name, ids, SamplingParams(max_new_tokens=new_tokens), **fields)  # type: ignore[arg-type]
-
-
-def tokens(engine: Engine, request: GenerateRequest) -> tuple[list[int], FinishedEvent]:
-    events = run(engine, request)
-    last = events[-1]
-    assert isinstance(last, FinishedEvent), last
-    return [event.token_id for event in events if isinstance(event, TokenEvent)], last
-
-
-def run(engine: Engine, request: GenerateRequest) -> list[Event]:
-    events: list[Event] = []
-    over = threading.Event()
-
-    def sink(event: Event) -> None:
-        events.append(event)
-        if isinstance(event, FinishedEvent | FailedEvent):
-            over.set()
-
-    engine.submit(request, sink)
-    assert over.wait(60)
-    return events
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cold_and_restored_answers_equal_generate(family: str, make_engine: MakeEngine) -> None:
     model = tiny_model(family)
     engine = make_engine(model, keep=False)
     ids = prompt(1, 1100)
     expected = greedy_reference(model, ids, 12)
-    cold, first = tokens(engine, ask(ids, 12))
+    cold, first = answer(engine, ask(ids, 12))
     assert engine.flush(30)
-    warm, second = tokens(engine, ask(ids, 12))
+    warm, second = answer(engine, ask(ids, 12))
     assert cold == expected
     assert warm == expected
     assert first.computed_tokens == 1100
@@ -75,11 +44,11 @@ def test_pages_on_the_device_are_shared_and_counted_as_gpu_hits(make_engine: Mak
     model = tiny_model("llama")
     engine = make_engine(model)
     ids = prompt(2, 1000)
-    tokens(engine, ask(ids))
+    answer(engine, ask(ids))
     used = engine.load().device_bytes["resident"]
-    answer, last = tokens(engine, ask(ids[:768] + prompt(3, 50)))
+    tokens, last = answer(engine, ask(ids[:768] + prompt(3, 50)))
     assert last.cached.gpu == 768
-    assert answer == greedy_reference(model, ids[:768] + prompt(3, 50), 8)
+    assert tokens == greedy_reference(model, ids[:768] + prompt(3, 50), 8)
     assert engine.load().device_bytes["resident"] - used == 0
 
 
@@ -91,7 +60,7 @@ def test_eight_concurrent_users_of_one_document_share_its_pages(make_engine: Mak
     finished = engine.generate(requests)
     for request, event in zip(requests, finished, strict=True):
         expected = greedy_reference(model, request.token_ids, 8)
-        assert event.text == "".join(chr(0x4E00 + i) for i in expected if i != 299)
+        assert event.text == text_of(expected)
     assert sorted(event.cached.gpu for event in finished) == [0] + [1024] * 7
 
 
@@ -102,9 +71,9 @@ def test_prompt_that_is_a_whole_number_of_segments(make_engine: MakeEngine) -> N
     ids = prompt(5, 512)
     expected = greedy_reference(model, ids, 8)
     for cached in (0, 256):
-        answer, last = tokens(engine, ask(ids))
+        tokens, last = answer(engine, ask(ids))
         assert engine.flush(30)
-        assert answer == expected
+        assert tokens == expected
         assert last.cached.ram == cached
 
 
@@ -114,60 +83,40 @@ def test_short_prompts(length: int, make_engine: MakeEngine) -> None:
     engine = make_engine(model)
     ids = prompt(length, length)
     expected = greedy_reference(model, ids, 8)
-    assert tokens(engine, ask(ids))[0] == expected
-    assert tokens(engine, ask(ids))[0] == expected
+    assert answer(engine, ask(ids))[0] == expected
+    assert answer(engine, ask(ids))[0] == expected
 
 
 def test_holes_are_recomputed_and_the_rest_is_used(make_engine: MakeEngine) -> None:
     model = tiny_model("qwen3")
     engine = make_engine(model, keep=False)
     ids = prompt(6, 1500)
-    tokens(engine, ask(ids))
+    answer(engine, ask(ids))
     assert engine.flush(30)
     namespace = make_namespace(engine.info.model_fingerprint, engine.info.codec_fingerprint, "")
     keys = chain_keys(namespace, ids)
     engine.store.delete([keys.segments[1], keys.segments[3]])
-    answer, last = tokens(engine, ask(ids))
-    assert answer == greedy_reference(model, ids, 8)
+    tokens, last = answer(engine, ask(ids))
+    assert tokens == greedy_reference(model, ids, 8)
     assert last.cached.ram == 3 * 256
     assert engine.flush(30)
-    assert tokens(engine, ask(ids))[1].cached.ram == 5 * 256
+    assert answer(engine, ask(ids))[1].cached.ram == 5 * 256
 
 
 def test_segment_zero_without_its_sinks_is_a_miss(make_engine: MakeEngine) -> None:
     model = tiny_model("llama")
     engine = make_engine(model, keep=False)
     ids = prompt(7, 600)
-    tokens(engine, ask(ids))
+    answer(engine, ask(ids))
     assert engine.flush(30)
     sinks = chain_keys(
         make_namespace(engine.info.model_fingerprint, engine.info.codec_fingerprint, ""), ids
     ).sinks
     assert sinks is not None
     engine.store.delete([sinks])
-    answer, last = tokens(engine, ask(ids))
-    assert answer == greedy_reference(model, ids, 8)
+    tokens, last = answer(engine, ask(ids))
+    assert tokens == greedy_reference(model, ids, 8)
     assert last.cached.ram == 256
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_any_interleaving_of_concurrent_requests_equals_generate(seed: int, make_engine: MakeEngine) -> None:
-    """Documents shared and private, cold, on the device and restored, under page pressure that evicts."""
-    model = tiny_model(["llama", "qwen2", "qwen3", "mistral"][seed])
-    engine = make_engine(model, pages=14, chunk_tokens=256, max_running=4, slots=20)
-    dice = random.Random(seed)
-    documents = [prompt(100 + seed * 10 + n, dice.choice([300, 520, 1100])) for n in range(3)]
-    requests = [
-        ask(
-            dice.choice(documents) + prompt(dice.randrange(1000), dice.randrange(1, 300)),
-            dice.randrange(1, 20),
-        )
-        for _ in range(24)
-    ]
-    for wave in (requests[:9], requests[9:]):
-        for request, event in zip(wave, engine.generate(wave), strict=True):
-            expected = greedy_reference(model, request.token_ids, request.sampling.max_new_tokens)
-            assert event.text == "".join(chr(0x4E00 + i) for i in expected if i != 299)
 
 
 def test_all_pages_come_back(make_engine: MakeEngine) -> None:
@@ -180,10 +129,10 @@ def test_all_pages_come_back(make_engine: MakeEngine) -> None:
 def test_salts_never_share(make_engine: MakeEngine) -> None:
     engine = make_engine(tiny_model("llama"))
     ids = prompt(8, 600)
-    tokens(engine, ask(ids, cache_salt="one"))
+    answer(engine, ask(ids, cache_salt="one"))
     assert engine.flush(30)
-    assert tokens(engine, ask(ids, cache_salt="two"))[1].cached.total == 0
-    assert tokens(engine, ask(ids, cache_salt="one"))[1].cached.total == 512
+    assert answer(engine, ask(ids, cache_salt="two"))[1].cached.total == 0
+    assert answer(engine, ask(ids, cache_salt="one"))[1].cached.total == 512
 
 
 def test_prompt_only_request_stores_and_the_next_question_finds_it(make_engine: MakeEngine) -> None:
@@ -192,9 +141,9 @@ def test_prompt_only_request_stores_and_the_next_question_finds_it(make_engine: 
     document = prompt(9, 1000)
     last = engine.generate([ask(document, 0)])[0]
     assert (last.generated_tokens, last.computed_tokens) == (0, 768)
-    answer, warm = tokens(engine, ask(document + prompt(11, 30)))
+    tokens, warm = answer(engine, ask(document + prompt(11, 30)))
     assert warm.cached.ram == 768
-    assert answer == greedy_reference(model, document + prompt(11, 30), 8)
+    assert tokens == greedy_reference(model, document + prompt(11, 30), 8)
 
 
 def test_forgotten_documents_are_gone_everywhere(make_engine: MakeEngine) -> None:
@@ -202,7 +151,7 @@ def test_forgotten_documents_are_gone_everywhere(make_engine: MakeEngine) -> Non
     ids = prompt(12, 1000)
     engine.generate([ask(ids, 0, pin=True)])
     assert engine.forget(ids, "") == 3
-    assert tokens(engine, ask(ids))[1].cached.total == 0
+    assert answer(engine, ask(ids))[1].cached.total == 0
 
 
 def test_scoring_gives_the_log_probabilities_of_the_models_own_forward(make_engine: MakeEngine) -> None:
@@ -222,28 +171,24 @@ def test_scoring_gives_the_log_probabilities_of_the_models_own_forward(make_engi
 
 def test_cancelled_request_ends_and_gives_its_pages_back(make_engine: MakeEngine) -> None:
     engine = make_engine(tiny_model("llama"), keep=False)
-    events: list[Event] = []
-    over = threading.Event()
+    seen = itertools.count()
 
-    def sink(event: Event) -> None:
-        events.append(event)
-        if isinstance(event, TokenEvent) and len(events) > 3:
+    def leave(event: Event) -> None:
+        if isinstance(event, TokenEvent) and next(seen) > 1:
             engine.cancel("long")
-        if isinstance(event, FinishedEvent):
-            over.set()
 
     sampling = SamplingParams(max_new_tokens=3000, ignore_eos=True)
-    engine.submit(GenerateRequest("long", prompt(15, 300), sampling), sink)
-    assert over.wait(60)
-    assert isinstance(events[-1], FinishedEvent)
-    assert events[-1].reason == "cancelled"
-    assert events[-1].generated_tokens < 3000
+    last = submit(engine, GenerateRequest("long", prompt(15, 300), sampling), leave).finished
+    assert last.reason == "cancelled"
+    assert last.generated_tokens < 3000
     assert engine.load().device_bytes["resident"] == 0
 
 
 def test_progress_is_reported_while_a_prompt_is_read(make_engine: MakeEngine) -> None:
     engine = make_engine(tiny_model("llama"), chunk_tokens=256)
-    done = [e.done_tokens for e in run(engine, ask(prompt(16, 1000))) if isinstance(e, ProgressEvent)]
+    events = submit(engine, ask(prompt(16, 1000)))
+    events.wait()
+    done = [event.done_tokens for event in events.all if isinstance(event, ProgressEvent)]
     assert done == sorted(done)
     assert len(done) >= 3
 
@@ -285,9 +230,9 @@ def test_closing_answers_every_request(make_engine: MakeEngine) -> None:
 def test_lossy_codec_restores_the_same_bytes_to_the_same_text(codec: str, make_engine: MakeEngine) -> None:
     engine = make_engine(tiny_model("llama"), codec, keep=False)
     ids = prompt(18, 1100)
-    tokens(engine, ask(ids))
+    answer(engine, ask(ids))
     assert engine.flush(30)
-    first, second = (tokens(engine, ask(ids)) for _ in range(2))
+    first, second = (answer(engine, ask(ids)) for _ in range(2))
     assert first[0] == second[0]
     assert first[1].cached.ram == 1024
 
@@ -298,15 +243,15 @@ def test_a_failing_fetch_is_a_miss_and_not_an_error(
     model = tiny_model("llama")
     engine = make_engine(model, keep=False)
     ids = prompt(19, 600)
-    tokens(engine, ask(ids))
+    answer(engine, ask(ids))
     assert engine.flush(30)
 
     def broken(keys: object) -> None:
         raise OSError("the store is broken")
 
     monkeypatch.setattr(engine.store, "get", broken)
-    answer, last = tokens(engine, ask(ids))
-    assert answer == greedy_reference(model, ids, 8)
+    tokens, last = answer(engine, ask(ids))
+    assert tokens == greedy_reference(model, ids, 8)
     assert last.cached.total == 0
 
 
@@ -320,7 +265,7 @@ def test_a_sink_that_raises_ends_only_its_own_request(make_engine: MakeEngine) -
     sampling = SamplingParams(max_new_tokens=3000, ignore_eos=True)
     engine.submit(GenerateRequest("deaf", prompt(20, 300), sampling), broken)
     ids = prompt(21, 300)
-    assert tokens(engine, ask(ids))[0] == greedy_reference(model, ids, 8)
+    assert answer(engine, ask(ids))[0] == greedy_reference(model, ids, 8)
     while engine.load().running:
         time.sleep(0.01)
     assert engine.load().device_bytes["resident"] == 0

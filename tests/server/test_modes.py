@@ -1,11 +1,12 @@
 """Decoding with the KV off the device: which modes are exact, what they hold, and that they give it back."""
 
-import random
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from asking import answer, ask, prompt, submit, text_of
 from tiny_models import FAMILIES, greedy_reference, tiny_model
 
 from aquifer.cachestore.keys import chain_keys, make_namespace
@@ -27,33 +28,6 @@ EXACT: tuple[KVMode, ...] = ("streamed", "verified")
 OFF_DEVICE: tuple[KVMode, ...] = ("streamed", "selective", "verified")
 
 
-def prompt(seed: int, length: int) -> tuple[int, ...]:
-    return tuple(random.Random(seed).choices(range(299), k=length))
-
-
-def ask(ids: tuple[int, ...], mode: KVMode, new_tokens: int = 12, **fields: object) -> GenerateRequest:
-    sampling = SamplingParams(max_new_tokens=new_tokens)
-    return GenerateRequest(f"{random.random()}", ids, sampling, mode=mode, **fields)  # type: ignore[arg-type]
-
-
-def answer(engine: Engine, request: GenerateRequest) -> tuple[list[int], FinishedEvent]:
-    tokens: list[int] = []
-    last: list[Event] = []
-    over = threading.Event()
-
-    def sink(event: Event) -> None:
-        if isinstance(event, TokenEvent):
-            tokens.append(event.token_id)
-        if isinstance(event, FinishedEvent | FailedEvent):
-            last.append(event)
-            over.set()
-
-    engine.submit(request, sink)
-    assert over.wait(60)
-    assert isinstance(last[0], FinishedEvent), last[0]
-    return tokens, last[0]
-
-
 def assert_nothing_held(engine: Engine) -> None:
     """Of an engine that keeps no pages of finished requests."""
     assert engine.flush(30)
@@ -71,8 +45,8 @@ def test_exact_modes_answer_like_generate_on_a_device_too_small_for_the_prompt(
     engine = make_engine(model, pages=4, keep=False)
     ids = prompt(1, 1300)
     expected = greedy_reference(model, ids, 12)
-    cold, first = answer(engine, ask(ids, mode))
-    warm, second = answer(engine, ask(ids, mode))
+    cold, first = answer(engine, ask(ids, 12, mode=mode))
+    warm, second = answer(engine, ask(ids, 12, mode=mode))
     assert cold == expected
     assert warm == expected
     assert (first.kv.mode, first.computed_tokens) == (mode, 1300)
@@ -90,8 +64,8 @@ def test_the_budget_for_kept_segments_changes_no_token(
     engine = make_engine(model, pages=20, keep=False, streamed_bytes=pages_kept * page_bytes)
     ids = prompt(2, 1500)
     expected = greedy_reference(model, ids, 20)
-    assert answer(engine, ask(ids, mode, 20))[0] == expected
-    assert answer(engine, ask(ids, mode, 20))[0] == expected
+    assert answer(engine, ask(ids, 20, mode=mode))[0] == expected
+    assert answer(engine, ask(ids, 20, mode=mode))[0] == expected
     assert_nothing_held(engine)
 
 
@@ -101,12 +75,12 @@ def test_under_a_lossy_codec_exact_modes_equal_the_restored_cache(
 ) -> None:
     engine = make_engine(tiny_model("qwen3"), codec, keep=False)
     ids = prompt(3, 1400)
-    answer(engine, ask(ids, "resident"))
+    answer(engine, ask(ids, 12, mode="resident"))
     assert engine.flush(30)
-    restored, last = answer(engine, ask(ids, "resident", 30))
+    restored, last = answer(engine, ask(ids, 30, mode="resident"))
     assert last.cached.ram == 1280
     for mode in EXACT:
-        assert answer(engine, ask(ids, mode, 30))[0] == restored
+        assert answer(engine, ask(ids, 30, mode=mode))[0] == restored
     assert_nothing_held(engine)
 
 
@@ -115,31 +89,33 @@ def test_auto_takes_the_device_if_the_prompt_fits_and_stays_exact_if_not(make_en
     engine = make_engine(model, pages=5, keep=False)
     for length, mode in ((1000, "resident"), (1700, "verified")):
         ids = prompt(4, length)
-        tokens, last = answer(engine, ask(ids, "auto"))
+        tokens, last = answer(engine, ask(ids, 12, mode="auto"))
         assert last.kv.mode == mode
         assert tokens == greedy_reference(model, ids, 12)
     without_index = make_engine(model, pages=5, index_pages=2, keep=False)
-    assert answer(without_index, ask(prompt(4, 1700), "auto"))[1].kv.mode == "streamed"
+    assert answer(without_index, ask(prompt(4, 1700), 12, mode="auto"))[1].kv.mode == "streamed"
 
 
 def test_requests_in_all_modes_decode_together(make_engine: MakeEngine) -> None:
     model = tiny_model("llama")
     engine = make_engine(model, pages=30, keep=False)
     modes: Sequence[KVMode] = ("resident", "streamed", "verified", "selective") * 2
-    requests = [ask(prompt(40 + n, 300 + 150 * n), mode, 15) for n, mode in enumerate(modes)]
+    requests = [ask(prompt(40 + n, 300 + 150 * n), 15, mode=mode) for n, mode in enumerate(modes)]
     finished = engine.generate(requests)
     for request, event in zip(requests, finished, strict=True):
         assert event.kv.mode == request.mode
         if request.mode != "selective":
             expected = greedy_reference(model, request.token_ids, 15)
-            assert event.text == "".join(chr(0x4E00 + i) for i in expected if i != 299)
+            assert event.text == text_of(expected)
     assert_nothing_held(engine)
 
 
 def test_two_users_of_one_document_share_its_landmarks(make_engine: MakeEngine) -> None:
     engine = make_engine(tiny_model("llama"), pages=12, index_pages=6)
     document = prompt(5, 1024)
-    finished = engine.generate([ask(document + prompt(50 + user, 20), "selective") for user in range(3)])
+    finished = engine.generate(
+        [ask(document + prompt(50 + user, 20), 12, mode="selective") for user in range(3)]
+    )
     assert {event.kv.mode for event in finished} == {"selective"}
     page = engine._parts.index.capacity_bytes // 6
     assert engine.load().device_bytes["landmarks"] == 4 * page
@@ -148,19 +124,16 @@ def test_two_users_of_one_document_share_its_landmarks(make_engine: MakeEngine) 
 def test_a_stored_document_is_streamed_to_several_users_at_once(make_engine: MakeEngine) -> None:
     engine = make_engine(tiny_model("llama"), pages=12, keep=False)
     document = prompt(12, 1024)
-    answer(engine, ask(document + prompt(13, 20), "streamed"))
+    answer(engine, ask(document + prompt(13, 20), 12, mode="streamed"))
     running: list[int] = []
-    over = threading.Semaphore(0)
 
-    def sink(event: Event) -> None:
+    def look(event: Event) -> None:
         if isinstance(event, TokenEvent):
             running.append(engine.load().running)
-        if isinstance(event, FinishedEvent | FailedEvent):
-            over.release()
 
-    for user in range(3):
-        engine.submit(ask(document + prompt(70 + user, 20), "streamed", 30), sink)
-    assert all(over.acquire(timeout=60) for _ in range(3))
+    requests = [ask(document + prompt(70 + user, 20), 30, mode="streamed") for user in range(3)]
+    for events in [submit(engine, request, look) for request in requests]:
+        events.wait()
     assert max(running) == 3
 
 
@@ -169,11 +142,11 @@ def test_holes_are_recomputed(mode: KVMode, make_engine: MakeEngine) -> None:
     model = tiny_model("qwen3")
     engine = make_engine(model, pages=4, keep=False)
     ids = prompt(6, 1500)
-    first, _ = answer(engine, ask(ids, mode))
+    first, _ = answer(engine, ask(ids, 12, mode=mode))
     namespace = make_namespace(engine.info.model_fingerprint, engine.info.codec_fingerprint, "")
     keys = chain_keys(namespace, ids)
     engine.store.delete([keys.segments[0], keys.segments[3]])
-    again, last = answer(engine, ask(ids, mode))
+    again, last = answer(engine, ask(ids, 12, mode=mode))
     assert again == first
     assert last.cached.ram == 3 * 256
     assert_nothing_held(engine)
@@ -186,7 +159,7 @@ def test_a_request_that_stores_nothing_reads_from_memory_of_its_own(
     model = tiny_model("llama")
     engine = make_engine(model, pages=4, keep=False)
     ids = prompt(7, 1100)
-    tokens, _ = answer(engine, ask(ids, mode, store=False))
+    tokens, _ = answer(engine, ask(ids, 12, mode=mode, store=False))
     if mode != "selective":
         assert tokens == greedy_reference(model, ids, 12)
     assert engine.store.ram.stats().entries == 0
@@ -197,20 +170,14 @@ def test_a_request_that_stores_nothing_reads_from_memory_of_its_own(
 @pytest.mark.parametrize("after", range(1, 12))
 def test_cancelled_requests_give_everything_back(mode: KVMode, after: int, make_engine: MakeEngine) -> None:
     engine = make_engine(tiny_model("llama"), pages=4, keep=False, chunk_tokens=256)
-    request = ask(prompt(8, 1200), mode, 200)
-    events: list[Event] = []
-    over = threading.Event()
+    request = ask(prompt(8, 1200), 200, mode=mode)
+    seen = itertools.count(1)
 
-    def sink(event: Event) -> None:
-        events.append(event)
-        if len(events) == after:
+    def leave(event: Event) -> None:
+        if next(seen) == after:
             engine.cancel(request.request_id)
-        if isinstance(event, FinishedEvent | FailedEvent):
-            over.set()
 
-    engine.submit(request, sink)
-    assert over.wait(60)
-    assert isinstance(events[-1], FinishedEvent) and events[-1].reason == "cancelled"
+    assert submit(engine, request, leave).finished.reason == "cancelled"
     assert_nothing_held(engine)
 
 
@@ -219,15 +186,11 @@ def test_a_selective_answer_frees_the_document_while_it_runs(make_engine: MakeEn
     engine = make_engine(tiny_model("llama"), pages=12, keep=False, streamed_bytes=1 << 30)
     held: list[int] = []
 
-    def sink(event: Event) -> None:
+    def look(event: Event) -> None:
         if isinstance(event, TokenEvent):
             held.append(engine.store.ram.open_leases)
-        if isinstance(event, FinishedEvent | FailedEvent):
-            over.set()
 
-    over = threading.Event()
-    engine.submit(ask(prompt(9, 1500), "selective", 10), sink)
-    assert over.wait(60)
+    submit(engine, ask(prompt(9, 1500), 10, mode="selective"), look).wait()
     assert held[-1] == 0
 
 
@@ -240,12 +203,12 @@ def test_prompts_that_fit_nowhere_are_refused_with_the_numbers(make_engine: Make
         ("auto", r"3,000 tokens does not fit.*resident:.*verified:.*streamed:"),
     ):
         with pytest.raises(EngineError, match=setting):
-            engine.generate([ask(prompt(1, 3000), mode)])  # type: ignore[arg-type]
+            engine.generate([ask(prompt(1, 3000), 12, mode=mode)])  # type: ignore[arg-type]
 
 
 def test_without_room_a_request_waits_or_is_refused(make_engine: MakeEngine) -> None:
     model = tiny_model("llama")
-    requests = [ask(prompt(60 + n, 900), "resident", 40) for n in range(3)]
+    requests = [ask(prompt(60 + n, 900), 40, mode="resident") for n in range(3)]
     patient = make_engine(model, pages=4)
     assert [event.generated_tokens for event in patient.generate(requests)] == [40] * 3
     hasty = make_engine(model, pages=4, refuse_when_full=True)
@@ -261,31 +224,28 @@ def test_idle_pages_of_its_own_document_do_not_keep_a_request_from_starting(
     model = tiny_model("llama")
     engine = make_engine(model, pages=5, keep=True)
     ids = prompt(14, 1000)
-    answer(engine, ask(ids, "resident"))
-    tokens, last = answer(engine, ask(ids, mode, 300))
+    answer(engine, ask(ids, 12, mode="resident"))
+    tokens, last = answer(engine, ask(ids, 300, mode=mode))
     assert last.cached.gpu + last.cached.ram == 768
     if mode != "selective":
         assert tokens == greedy_reference(model, ids, 300)
-    assert answer(engine, ask(prompt(15, 20), "auto"))[1].generated_tokens > 0
+    assert answer(engine, ask(prompt(15, 20), 12, mode="auto"))[1].generated_tokens > 0
 
 
 def test_a_waiting_request_evicts_nothing(make_engine: MakeEngine) -> None:
     engine = make_engine(tiny_model("llama"), pages=12, index_pages=8)
-    answer(engine, ask(prompt(16, 1100), "selective"))
+    answer(engine, ask(prompt(16, 1100), 12, mode="selective"))
     landmarks = engine.load().device_bytes["landmarks"]
-    over = threading.Event()
     seen: list[int] = []
 
-    def sink(event: Event) -> None:
+    def look(event: Event) -> None:
         if isinstance(event, TokenEvent):
             seen.append(engine.load().device_bytes["landmarks"])
-        if isinstance(event, FinishedEvent | FailedEvent):
-            over.set()
 
-    engine.submit(ask(prompt(17, 1800), "resident", 200), sink)  # leaves 4 pages
-    second = ask(prompt(18, 1100), "selective", 1200)  # needs 6
-    engine.submit(second, lambda event: None)
-    assert over.wait(60)
+    running = submit(engine, ask(prompt(17, 1800), 200, mode="resident"), look)  # leaves 4 pages
+    second = ask(prompt(18, 1100), 1200, mode="selective")  # needs 6
+    submit(engine, second)
+    running.wait()
     assert set(seen) == {landmarks}
     engine.cancel(second.request_id)
 
@@ -293,17 +253,17 @@ def test_a_waiting_request_evicts_nothing(make_engine: MakeEngine) -> None:
 def test_a_refusal_names_what_was_lacking(make_engine: MakeEngine) -> None:
     engine = make_engine(tiny_model("llama"), pages=30, slots=6, refuse_when_full=True)
     with pytest.raises(EngineError, match=r"streamed needs \d+ records in RAM.*AQUIFER_RAM_BYTES"):
-        engine.generate([ask(prompt(80 + n, 1100), "streamed", 60) for n in range(3)])
+        engine.generate([ask(prompt(80 + n, 1100), 60, mode="streamed") for n in range(3)])
     engine = make_engine(tiny_model("llama"), pages=30, index_pages=5, refuse_when_full=True)
     with pytest.raises(EngineError, match=r"segments indexed.*AQUIFER_SELECTIVE_RAM_BYTES"):
-        engine.generate([ask(prompt(80 + n, 1100), "selective", 60) for n in range(3)])
+        engine.generate([ask(prompt(80 + n, 1100), 60, mode="selective") for n in range(3)])
 
 
 def test_one_document_counts_once_in_ram_however_many_stream_it(make_engine: MakeEngine) -> None:
     engine = make_engine(tiny_model("llama"), pages=12, slots=8, keep=False, refuse_when_full=True)
     document = prompt(19, 1024)
-    answer(engine, ask(document + prompt(20, 20), "streamed"))
-    engine.generate([ask(document + prompt(90 + user, 20), "streamed", 30) for user in range(3)])
+    answer(engine, ask(document + prompt(20, 20), 12, mode="streamed"))
+    engine.generate([ask(document + prompt(90 + user, 20), 30, mode="streamed") for user in range(3)])
     assert_nothing_held(engine)
 
 
@@ -317,39 +277,23 @@ def test_a_request_that_fails_while_decoding_takes_no_other_with_it(
         raise ArithmeticError("no such distribution")
 
     monkeypatch.setattr(Sampler, "accept", broken)
-    finished: list[Event] = []
-    over = threading.Semaphore(0)
-
-    def sink(event: Event) -> None:
-        if isinstance(event, FinishedEvent | FailedEvent):
-            finished.append(event)
-            over.release()
-
-    ids = prompt(21, 600)
-    engine.submit(ask(ids, "verified", 40), sink)
-    engine.submit(ask(prompt(22, 600), "resident", 40), sink)
-    assert all(over.acquire(timeout=60) for _ in range(2))
-    assert sorted(type(event).__name__ for event in finished) == ["FailedEvent", "FinishedEvent"]
+    failing = submit(engine, ask(prompt(21, 600), 40, mode="verified"))
+    other = submit(engine, ask(prompt(22, 600), 40, mode="resident"))
+    assert isinstance(failing.wait(), FailedEvent)
+    assert isinstance(other.wait(), FinishedEvent)
 
 
 def test_progress_comes_before_the_first_token(make_engine: MakeEngine) -> None:
     engine = make_engine(tiny_model("llama"), pages=6, chunk_tokens=256)
-    kinds: list[type] = []
-    over = threading.Event()
-
-    def sink(event: Event) -> None:
-        kinds.append(type(event))
-        if isinstance(event, FinishedEvent | FailedEvent):
-            over.set()
-
-    engine.submit(ask(prompt(23, 1100), "verified", 6), sink)
-    assert over.wait(60)
+    events = submit(engine, ask(prompt(23, 1100), 6, mode="verified"))
+    events.wait()
+    kinds = [type(event) for event in events.all]
     assert kinds == sorted(kinds, key=[ProgressEvent, TokenEvent, FinishedEvent].index)
 
 
 def test_the_hit_ratio_does_not_count_what_was_just_computed(make_engine: MakeEngine) -> None:
     engine = make_engine(tiny_model("llama"), pages=4, keep=False)
-    answer(engine, ask(prompt(24, 1100), "streamed"))
+    answer(engine, ask(prompt(24, 1100), 12, mode="streamed"))
     stats = engine.store.stats()[0]
     assert stats.hits == 0
     assert engine._parts.metrics.kv_stored_bytes._value.get() == stats.write_bytes
@@ -377,67 +321,3 @@ def test_scoring_in_a_selective_mode_reads_the_whole_cache(make_engine: MakeEngi
     logits = model(torch.tensor([ids + scored]).to(model.device)).logits[0, len(ids) - 1 : -1]
     expected = logits.log_softmax(-1).gather(1, torch.tensor(scored, device=logits.device)[:, None])[:, 0]
     assert finished[0].score_logprobs == pytest.approx(expected.tolist(), abs=1e-3)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_random_mixes_on_a_tight_machine_give_right_tokens_and_everything_back(
-    seed: int, make_engine: MakeEngine
-) -> None:
-    dice = random.Random(seed)
-    model = tiny_model("llama")
-    engine = make_engine(
-        model,
-        pages=dice.randrange(5, 14),
-        index_pages=dice.randrange(9),
-        slots=dice.randrange(8, 40),
-        keep=dice.random() < 0.5,
-        streamed_bytes=dice.choice((0, 1 << 20, None)),
-        chunk_tokens=dice.choice((256, 512)),
-    )
-    documents = [prompt(100 + n, length) for n, length in enumerate((256, 512, 700, 1024))]
-    requests = [
-        ask(
-            dice.choice(documents) + prompt(dice.randrange(3), dice.choice((1, 5, 130))),
-            dice.choice(("auto", "resident", *OFF_DEVICE)),
-            dice.choice((1, 2, 12)),
-            store=dice.random() < 0.8,
-        )
-        for _ in range(24)
-    ]
-    got: dict[str, list[int]] = {request.request_id: [] for request in requests}
-    ends: dict[str, Event] = {}
-    over = threading.Semaphore(0)
-
-    def submit(request: GenerateRequest, cancel_after: int | None) -> None:
-        def sink(event: Event) -> None:
-            if isinstance(event, TokenEvent):
-                got[request.request_id].append(event.token_id)
-                if len(got[request.request_id]) == cancel_after:
-                    engine.cancel(request.request_id)
-            if isinstance(event, FinishedEvent | FailedEvent):
-                ends[request.request_id] = event
-                over.release()
-
-        engine.submit(request, sink)
-
-    for request in requests:
-        submit(request, dice.choice((None, None, None, 1, 3)))
-    assert all(over.acquire(timeout=60) for _ in requests)
-    expected: dict[tuple[int, ...], list[int]] = {}
-    for request in requests:
-        end, tokens = ends[request.request_id], got[request.request_id]
-        if isinstance(end, FailedEvent):
-            assert end.kind == "too_long", end
-            continue
-        if end.kv.mode == "selective":
-            continue
-        if request.token_ids not in expected:
-            expected[request.token_ids] = greedy_reference(model, request.token_ids, 12)
-        assert tokens == expected[request.token_ids][: len(tokens)]
-        if end.reason == "length":
-            assert len(tokens) == request.sampling.max_new_tokens
-    assert engine.flush(30)
-    assert engine.store.ram.open_leases == 0
-    parts = engine._parts
-    for pool in (parts.pool, parts.index):
-        assert pool.available_pages == pool.num_pages

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from devices import DEVICE
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -26,6 +27,7 @@ from aquifer.compression.codec import make_codec
 from aquifer.compression.landmarks import TokenCodec
 from aquifer.compression.raw import RawCodec
 from aquifer.compression.wire import verify
+from aquifer.server.engine.build import _pin
 from aquifer.server.engine.engine import Engine
 from aquifer.server.engine.gate import LoadGate
 from aquifer.server.engine.index import IndexPool
@@ -75,14 +77,13 @@ FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
     ),
 }
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-
-def tiny_model(family: str) -> PreTrainedModel:
-    """A random model in float32, with weights large enough that its tokens differ from one another."""
+def tiny_model(family: str, **shape: Any) -> PreTrainedModel:
+    """A random model in float32, with weights large enough that its tokens differ from one another. shape:
+    where it is not SHAPE."""
     config_class, model_class, extra = FAMILIES[family]
     torch.manual_seed(0)
-    model = model_class(config_class(**{**SHAPE, **extra}))
+    model = model_class(config_class(**{**SHAPE, **extra, **shape}))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -117,6 +118,14 @@ def build(model: PreTrainedModel, codec_name: str = "raw", **options: Any) -> En
         vocab_size=adapter.vocab_size,
         eos_token_ids=(299,),
     )
+    # As in the service: what copies from host memory on a device relies on it.
+    host_memory = [torch.frombuffer(arena.buffer, dtype=torch.uint8), index.rows]
+    unpins = [_pin(memory) for memory in host_memory if memory.numel() and DEVICE.type == "cuda"]
+
+    def on_close() -> None:
+        for unpin in unpins:
+            unpin()
+
     parts = EngineParts(
         adapter=adapter,
         codec=codec,
@@ -136,12 +145,12 @@ def build(model: PreTrainedModel, codec_name: str = "raw", **options: Any) -> En
         ),
         eos_token_ids=frozenset(info.eos_token_ids),
     )
-    return Engine(parts, info, lambda ids: "".join(chr(0x4E00 + i) for i in ids))
+    return Engine(parts, info, lambda ids: "".join(chr(0x4E00 + i) for i in ids), on_close)
 
 
 def greedy_reference(model: PreTrainedModel, prompt: Sequence[int], new_tokens: int) -> list[int]:
     """What plain `generate` answers. Explicit arguments: a checkpoint's own defaults must not interfere."""
-    ids = torch.tensor([list(prompt)], device=DEVICE)
+    ids = torch.tensor([list(prompt)], device=model.device)
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
