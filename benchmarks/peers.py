@@ -163,7 +163,7 @@ def _step(model: PreTrainedModel, cache: Any) -> Callable[[], Tensor]:
     return step
 
 
-def _captured_step(model: PreTrainedModel, cache: Any) -> Callable[[], object]:
+def _captured_step(model: PreTrainedModel, cache: Any) -> Callable[[], Tensor]:
     """The same step as a CUDA graph. The cache counts its tokens on the device, so replays move on."""
     step = _step(model, cache)
     with torch.inference_mode():
@@ -171,9 +171,15 @@ def _captured_step(model: PreTrainedModel, cache: Any) -> Callable[[], object]:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP_STEPS):  # libraries allocate their workspaces before the capture
-                step()
+                token = step()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             step()
-    return graph.replay
+
+    def replay() -> Tensor:
+        """Holds on to the token: the graph knows its address only, and would read what else comes there."""
+        graph.replay()
+        return token
+
+    return replay
