@@ -20,8 +20,9 @@ from aquifer.kernels.triton.checks import FLOATS, expect, expect_power_of_two
 
 PAGE_TOKENS = 256
 
-PROGRAMS = 264
-"""Twice the multiprocessors of an H200: what the default number of splits aims at. To be measured."""
+PROGRAMS = 1024
+"""What the default number of splits aims at: several times what an H200 runs at once, so that the last ones to
+start, and one long request among short ones, leave little of it idle."""
 
 MAX_SPLITS = 64
 """More would not fit into the registers of the program that merges them."""
@@ -154,7 +155,7 @@ def attend_pages(
     page_tokens: slots per page, a power of two. With 1, block tables are lists of single slots, such as the
         rows that selective decoding fetched.
     splits: programs per request and KV head; at most 64; by default so many that the device is full
-    block_tokens: tokens per product of matrices. The default is to be measured.
+    block_tokens: tokens per product of matrices
     Returns (out [B, Hq, D] in q's dtype, lse float32 [B, Hq]); 0 and -inf for a request without tokens.
     Scores are scaled by 1/sqrt(D).
     Twin: aquifer.kernels.attention.attend_pages.
@@ -177,7 +178,7 @@ def attend_pages(
             raise ValueError(f"{name} has strides {pool.stride()}; needed: those of a pool of {slots} slots")
     blocks = -(-block_tables.shape[-1] * page_tokens // block_tokens)
     if splits is None:
-        splits = -(-PROGRAMS // (requests * num_heads))
+        splits = PROGRAMS // (requests * num_heads)
     splits = max(1, min(splits, blocks, MAX_SPLITS))
     group = num_q_heads // num_heads
     partial_out = torch.empty(requests, num_q_heads, splits, head_dim, device=q.device)
