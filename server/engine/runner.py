@@ -149,7 +149,7 @@ class ModelRunner:
                 one.attend(layer, q[:, span], k[:, span], v[:, span])
                 for one, span in zip(passes, spans, strict=True)
             ]
-            return torch.cat(outs, dim=1).transpose(0, 1)
+            return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)).transpose(0, 1)
 
         token_ids = torch.tensor([token for row in rows for token in row.token_ids], device=device)
         positions = torch.cat(

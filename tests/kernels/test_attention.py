@@ -5,7 +5,13 @@ from itertools import pairwise
 import pytest
 import torch
 
-from aquifer.kernels.attention import attend, attend_pages, attend_ref, merge_attention
+from aquifer.kernels.attention import (
+    attend,
+    attend_in_pieces,
+    attend_pages,
+    attend_ref,
+    merge_attention,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -51,6 +57,28 @@ def test_merged_pieces_equal_the_whole() -> None:
     cuts = [0, 1, 256, 300, 600]
     parts = [attend(q, k[:, a:b], v[:, a:b]) for a, b in pairwise(cuts)]
     torch.testing.assert_close(merge_attention(parts), attend_ref(q, k, v)[0], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(("rows", "keys"), [(7, 5000), (1024, 4096), (1024, 13000), (2048, 300)])
+def test_pieces_equal_the_whole_whoever_computes_them(rows: int, keys: int) -> None:
+    """On a GPU, chunks of prefill go to cuDNN and small pieces to flash attention."""
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    q, k, v = random_qkv(2, 2, rows, keys, 64, dtype)
+    found = merge_attention(attend_in_pieces(q, k, v))
+    torch.testing.assert_close(found, attend_ref(q, k, v)[0], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="cuDNN needs a GPU")
+def test_cudnn_sees_keys_in_powers_of_two_only() -> None:
+    """It takes long to prepare for each new shape."""
+    q, k, v = random_qkv(2, 2, 1024, 20_000, 64, torch.bfloat16)
+    assert [out.shape for out, _ in attend_in_pieces(q, k, v)] == [q.shape] * 2  # 16,384 and the rest
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        attend_in_pieces(q, k, v)
+        attend(q, k[:, :1024], v[:, :1024], causal=True)
+    names = [event.name for event in profile.events()]
+    assert names.count("aten::_scaled_dot_product_cudnn_attention") == 2
+    assert names.count("aten::_scaled_dot_product_flash_attention") == 1
 
 
 def test_a_past_in_full_and_a_chunk_causally_equal_causal_attention_over_both() -> None:
