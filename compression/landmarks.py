@@ -92,16 +92,16 @@ class TokenCodec:
             raise ValueError(f"key means of shape {tuple(means.shape)} do not fit a cache of {shape}")
         self.means = means.to(device, torch.float32).view(*shape[:1], spec.num_kv_heads, spec.head_dim)
         # The same signs for every head, so that rows of different heads decode side by side.
-        self._signs = random_signs(spec.head_dim, _SIGNS_SEED).to(device)
-        self._landmarks = load_quantizer(LANDMARK_BITS, device)
-        self._rows = load_quantizer(ROW_BITS, device)
-        self._code_bytes = self._rows.code_bytes(spec.head_dim)
+        self.signs = random_signs(spec.head_dim, _SIGNS_SEED).to(device)
+        self.landmark_quantizer = load_quantizer(LANDMARK_BITS, device)
+        self.row_quantizer = load_quantizer(ROW_BITS, device)
+        self._code_bytes = self.row_quantizer.code_bytes(spec.head_dim)
         self._scale_bytes = spec.head_dim // self.group * SCALE_BYTES
 
     @property
     def landmark_shapes(self) -> tuple[int, int]:
         """Bytes of codes and number of scales of one token and layer, all heads."""
-        return self._landmarks.code_bytes(self.spec.channels), self.spec.channels // self.group
+        return self.landmark_quantizer.code_bytes(self.spec.channels), self.spec.channels // self.group
 
     @property
     def landmark_bytes(self) -> int:
@@ -117,7 +117,7 @@ class TokenCodec:
     def encode(self, layer: int, keys: Tensor, values: Tensor) -> EncodedTokens:
         """keys (after RoPE), values: [T, H, D], any float dtype."""
         centred = self._rotate(keys.float() - self.means[layer])
-        codes, scales = higgs_encode(centred.flatten(1), self._landmarks, self.group)
+        codes, scales = higgs_encode(centred.flatten(1), self.landmark_quantizer, self.group)
         halves = [self._encode_rows(rows) for rows in (centred, self._rotate(values.float()))]
         (key_codes, key_scales), (value_codes, value_scales) = halves
         rows = torch.cat((key_codes, value_codes, key_scales, value_scales), dim=2)
@@ -128,7 +128,7 @@ class TokenCodec:
 
         queries: [Hq, D] after RoPE; codes, scales: of the layer's landmarks.
         """
-        return score_landmarks(self._rotate(queries.float()), codes, scales, self._landmarks)
+        return score_landmarks(self._rotate(queries.float()), codes, scales, self.landmark_quantizer)
 
     def decode_rows(self, layer: int, heads: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Keys (after RoPE) and values, float32 [N, D] each, from rows uint8 [N, row bytes] of these heads.
@@ -141,16 +141,16 @@ class TokenCodec:
         return keys, self._decode_rows(value_codes, value_scales)
 
     def _rotate(self, x: Tensor) -> Tensor:
-        return hadamard(x * self._signs, self.group)
+        return hadamard(x * self.signs, self.group)
 
     def _encode_rows(self, rotated: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and scales as bytes, [T, H, ...], of rotated rows [T, H, D]."""
         tokens, heads, _ = rotated.shape
-        codes, scales = higgs_encode(rotated.flatten(1), self._rows, self.group)
+        codes, scales = higgs_encode(rotated.flatten(1), self.row_quantizer, self.group)
         return codes.view(tokens, heads, -1), scales.view(tokens, heads, -1).view(torch.uint8)
 
     def _decode_rows(self, codes: Tensor, scale_bytes: Tensor) -> Tensor:
         base = torch.zeros(len(codes), self.spec.head_dim, device=codes.device)
         scales = scale_bytes.contiguous().view(torch.float16)
-        higgs_decode_add(base, codes.contiguous(), scales, self._rows, out=base)
-        return hadamard(base, self.group) * self._signs
+        higgs_decode_add(base, codes.contiguous(), scales, self.row_quantizer, out=base)
+        return hadamard(base, self.group) * self.signs

@@ -1,11 +1,15 @@
-"""Ranking tokens straight from packed 2-bit landmarks: decoded landmarks never exist in memory.
+"""Scoring tokens straight from packed 2-bit landmarks: decoded landmarks never exist in memory.
 
-A byte is one point of the 4-d grid. The table of 256 points in half precision is 2 KB; a point is looked up
-as one word of 64 bits and taken apart by shifts. Coordinate i of all points of a token meets coordinates i,
-i+4, ... of the query, so a score is four products of matrices of D/4 columns, and nothing is rearranged.
+A byte of a landmark is one point of the 4-d grid, so its share of a score is one of 256 numbers per query
+head. A first, small kernel rotates the queries and tabulates these numbers in 8 bits, those of four query
+heads side by side in one word. A second one looks every byte up in shared memory and adds: one look-up serves
+four query heads, no product is computed, and nothing is rearranged.
 
-Bytes moved, per layer and request: codes and scales once, H * T * (D/4 + 2), and 4 * Hq * T for the scores;
-ranking reads the scores once and writes 4 * T per set of tokens.
+Every program takes every so many-th block of tokens of one KV head of one request: how many programs there
+are does not depend on how long requests are.
+
+Bytes moved, per layer and request: codes and scales once, H * T * (D/4 + 2), and 4 * Hq * T for the scores.
+The limit are the look-ups, H * T * D/4 per four query heads of a group.
 """
 
 import torch
@@ -14,193 +18,263 @@ import triton.language as tl
 from torch import Tensor
 
 from aquifer.kernels.triton.checks import FLOATS, expect, expect_power_of_two
+from aquifer.kernels.triton.lanes import FIELDS, INDEX_PAGES, PAGE, SCORES, TOKENS, memory, number
 
-PAGE_TOKENS = 256
+PROGRAMS = 264
+"""What the number of programs aims at: twice the multiprocessors of an H200."""
+
+MAX_PARTS = 64
+"""Programs per request and query head: whoever needs their log-sum-exp reads them at once."""
+
+MIDDLE = tl.constexpr(128)
+"""What 0 is in a table."""
 
 
 @triton.jit
-def _score_block(
+def _rotated(
     queries: tl.tensor,
-    points: tl.tensor,
+    signs: tl.tensor,
+    in_group: tl.tensor,
+    axis: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    EXACT: tl.constexpr,
+) -> tl.tensor:
+    """Coordinates axis, axis+4, ... of rotated queries, float32 [16, D/4]. queries: pointers [16, 1]."""
+    channel = tl.arange(0, HEAD_DIM)
+    place = 4 * tl.arange(0, HEAD_DIM // 4) + axis
+    x = tl.load(queries + channel[None, :], mask=in_group, other=0.0).to(tl.float32)
+    x = x * tl.load(signs + channel)[None, :]
+    # These columns of the Hadamard matrix: see aquifer.kernels.triton.hadamard.sylvester.
+    common = channel[:, None] & place[None, :]
+    common = common ^ (common >> 4)
+    common = common ^ (common >> 2)
+    common = common ^ (common >> 1)
+    columns = (1 - 2 * (common & 1)).to(tl.float32)
+    if EXACT:
+        high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        turned = tl.dot(x - high, columns, input_precision="tf32")
+        return tl.dot(high, columns, turned, input_precision="tf32")
+    return tl.dot(x, columns, input_precision="tf32")
+
+
+@triton.jit
+def _products(
+    q0: tl.tensor, q1: tl.tensor, q2: tl.tensor, q3: tl.tensor, grid: tl.tensor, ROW: tl.constexpr
+) -> tl.tensor:
+    """float32 [D/4, 256]: every four coordinates of one query times every point."""
+    own = (tl.arange(0, 16) == ROW)[:, None]
+    point = grid + 4 * tl.arange(0, 256)[None, :]
+    product = tl.sum(tl.where(own, q0, 0.0), 0)[:, None] * tl.load(point)
+    product += tl.sum(tl.where(own, q1, 0.0), 0)[:, None] * tl.load(point + 1)
+    product += tl.sum(tl.where(own, q2, 0.0), 0)[:, None] * tl.load(point + 2)
+    return product + tl.sum(tl.where(own, q3, 0.0), 0)[:, None] * tl.load(point + 3)
+
+
+@triton.jit
+def _tabulate(
+    queries: tl.tensor,
+    signs: tl.tensor,
+    grid: tl.tensor,
+    lanes: tl.tensor,
+    tables: tl.tensor,
+    steps: tl.tensor,
+    SCALE: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    EXACT: tl.constexpr,
+) -> None:
+    """Four query heads of one KV head of one request. A step is the value of one in a table."""
+    fourth, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if number(lanes, request, TOKENS) > 0:
+        row = 4 * fourth + tl.arange(0, 16)  # tensor cores take 16 rows; only the first four are used
+        query_heads = (request * tl.num_programs(1) + head) * GROUP
+        query = queries + (query_heads + row)[:, None] * HEAD_DIM
+        in_group = row[:, None] < GROUP
+        q0 = _rotated(query, signs, in_group, 0, HEAD_DIM, EXACT)
+        q1 = _rotated(query, signs, in_group, 1, HEAD_DIM, EXACT)
+        q2 = _rotated(query, signs, in_group, 2, HEAD_DIM, EXACT)
+        q3 = _rotated(query, signs, in_group, 3, HEAD_DIM, EXACT)
+        place = tl.arange(0, HEAD_DIM // 4)[:, None] * 256 + tl.arange(0, 256)[None, :]
+        word = tl.zeros([HEAD_DIM // 4, 256], dtype=tl.int32)
+        for own in tl.static_range(4):
+            product = _products(q0, q1, q2, q3, grid, own)
+            step = tl.maximum(tl.max(tl.max(tl.abs(product), 1), 0), 1e-20) / (MIDDLE - 1)
+            word |= (product / step + (MIDDLE + 0.5)).to(tl.int32) << (8 * own)
+            if 4 * fourth + own < GROUP:
+                tl.store(steps + query_heads + 4 * fourth + own, step * SCALE)
+        table = (request * tl.num_programs(1) + head) * tl.num_programs(0) + fourth
+        tl.store(tables + table * (HEAD_DIM * 64) + place, word)
+
+
+@triton.jit
+def _put(
+    sums: tl.tensor,
+    steps: tl.tensor,
+    scale: tl.tensor,
+    scores: tl.tensor,
+    token: tl.tensor,
+    valid: tl.tensor,
+    top: tl.tensor,
+    total: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Store the scores of one query head; returns its running maximum and sum of exponentials."""
+    score = (sums - MIDDLE * (HEAD_DIM // 4)).to(tl.float32) * tl.load(steps) * scale
+    score = tl.where(valid, score, float("-inf"))
+    tl.store(scores + token, score, mask=valid)
+    new_top = tl.maximum(top, tl.max(score, 0))
+    return new_top, total * tl.exp(top - new_top) + tl.sum(tl.exp(score - new_top), 0)
+
+
+@triton.jit
+def _put_lse(partial_lse: tl.tensor, top: tl.tensor, total: tl.tensor) -> None:
+    tl.store(partial_lse, tl.where(total == 0.0, float("-inf"), top + tl.log(tl.maximum(total, 1e-30))))
+
+
+@triton.jit
+def _score(
+    tables: tl.tensor,
+    steps: tl.tensor,
     codes: tl.tensor,
     scales: tl.tensor,
-    block_tables: tl.tensor,
-    lengths: tl.tensor,
-    scores: tl.tensor,
+    lanes: tl.tensor,
     partial_lse: tl.tensor,
     first: tl.tensor,
-    table_stride: tl.tensor,
     code_stride: tl.tensor,
     scale_stride: tl.tensor,
-    SOFTMAX_SCALE: tl.constexpr,
     GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
+    FOURTHS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One block of tokens, for one KV head of one request: the query heads of its group are the rows."""
-    block, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    tokens = block * BLOCK + tl.arange(0, BLOCK)
-    valid = (tokens >= first) & (tokens < tl.load(lengths + request))
-    page = tl.load(block_tables + request * table_stride + block * BLOCK // PAGE)
-    slots = page.to(tl.int64) * PAGE + tokens % PAGE
-
-    bytes_of_head = tl.arange(0, HEAD_DIM // 4)
-    code = tl.load(
-        codes + slots[:, None] * code_stride + head * (HEAD_DIM // 4) + bytes_of_head[None, :],
-        mask=valid[:, None],
-        other=0,
-    )
-    # Looked up in shared memory, where 32 threads wait for the fullest of 16 pairs of banks; a load through
-    # the L1 cache would wait for each of the table's 16 lines.
-    flat = tl.reshape(code.to(tl.int32), [BLOCK * (HEAD_DIM // 4)])
-    table = tl.load(points + tl.arange(0, 256))
-    point = tl.reshape(tl.gather(table, flat, 0), [BLOCK, HEAD_DIM // 4])
-
-    row = tl.arange(0, ROWS)
-    query_head = (request * tl.num_programs(1) + head) * GROUP + row
-    query = queries + query_head[:, None] * HEAD_DIM + 4 * bytes_of_head[None, :]
-    product = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
-    for axis in tl.static_range(4):
-        coordinate = (point >> (16 * axis)).to(tl.int16).to(tl.float16, bitcast=True)
-        # Scaled before it is rounded: queries of some models are large.
-        q = tl.load(query + axis, mask=row[:, None] < GROUP, other=0.0).to(tl.float32) * SOFTMAX_SCALE
-        product = tl.dot(q.to(tl.float16), tl.trans(coordinate), product)
-
-    scale = tl.load(scales + slots * scale_stride + head, mask=valid, other=0.0).to(tl.float32)
-    score = tl.where(valid[None, :], product * scale[None, :], float("-inf"))
-    place = query_head.to(tl.int64) * (tl.num_programs(0) * BLOCK)
-    tl.store(scores + place[:, None] + tokens[None, :], score, mask=row[:, None] < GROUP)
-
-    # A block without a single landmark has the maximum -inf, which must not be subtracted from itself.
-    top = tl.max(score, axis=1)
-    shift = tl.where(top == float("-inf"), 0.0, top)
-    lse = shift + tl.log(tl.sum(tl.exp(score - shift[:, None]), axis=1))
-    tl.store(partial_lse + query_head * tl.num_programs(0) + block, lse, mask=row < GROUP)
-
-
-@triton.jit
-def _rank_block(
-    scores: tl.tensor,
-    lse: tl.tensor,
-    ranks: tl.tensor,
-    HEADS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    """One block of tokens for one set: HEADS query heads compete for it."""
-    block, chosen_set = tl.program_id(0), tl.program_id(1)
-    tokens, row = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, ROWS)
-    num_tokens = tl.num_programs(0).to(tl.int64) * BLOCK
-    query_head = chosen_set * HEADS + row
-    place = query_head[:, None] * num_tokens + tokens[None, :]
-    score = tl.load(scores + place, mask=row[:, None] < HEADS, other=float("-inf"))
-    # Heads without any landmark have -inf, too; they rank nothing rather than give a NaN.
-    whole = tl.load(lse + query_head, mask=row < HEADS, other=0.0)
-    whole = tl.where(whole == float("-inf"), 0.0, whole)
-    tl.store(ranks + chosen_set * num_tokens + tokens, tl.max(score - whole[:, None], axis=0))
-
-
-def pack_points(grid: Tensor) -> Tensor:
-    """The table that `score_landmarks` reads: int64 [256], a point of four float16 each.
-
-    grid: float32 [256, 4]
-    """
-    expect("grid", grid, (256, 4), torch.float32)
-    return grid.half().view(torch.int64).squeeze(1)
+    """Four query heads of one KV head of one request."""
+    part, request = tl.program_id(0), tl.program_id(2)
+    head, fourth = tl.program_id(1) // FOURTHS, tl.program_id(1) % FOURTHS
+    tokens = number(lanes, request, TOKENS)
+    if tokens > 0:
+        table = tl.load(
+            tables
+            + (request * tl.num_programs(1) + tl.program_id(1)) * (HEAD_DIM * 64)
+            + tl.arange(0, HEAD_DIM * 64)
+        )
+        query_head = head * GROUP + 4 * fourth
+        steps += request * (tl.num_programs(1) // FOURTHS) * GROUP + query_head
+        pages = memory(lanes, request, INDEX_PAGES, tl.int32)
+        scores = memory(lanes, request, SCORES, tl.float32) + query_head.to(tl.int64) * tokens
+        byte = tl.arange(0, HEAD_DIM // 4)
+        # The maxima are finite, so that they can be subtracted from themselves.
+        top0, top1, top2, top3 = -1e30, -1e30, -1e30, -1e30
+        total0, total1, total2, total3 = 0.0, 0.0, 0.0, 0.0
+        for block in range(part, tl.cdiv(tokens, BLOCK), tl.num_programs(0)):
+            token = block * BLOCK + tl.arange(0, BLOCK)
+            valid = token < tokens
+            slot = tl.load(pages + token // PAGE, mask=valid, other=0).to(tl.int64) * PAGE + token % PAGE
+            code = codes + slot[:, None] * code_stride + head * (HEAD_DIM // 4) + byte[None, :]
+            entry = tl.load(code).to(tl.int32) + 256 * byte[None, :]
+            word = tl.gather(table, tl.reshape(entry, [BLOCK * (HEAD_DIM // 4)]), 0)
+            word = tl.reshape(word, [BLOCK, HEAD_DIM // 4])
+            # Two sums of 16 bits in each: at most 64 numbers of 8 bits.
+            even, odd = tl.sum(word & 0x00FF00FF, 1), tl.sum((word >> 8) & 0x00FF00FF, 1)
+            scale = tl.load(scales + slot * scale_stride + head).to(tl.float32)
+            valid = valid & (token >= first)
+            top0, total0 = _put(even & 0xFFFF, steps, scale, scores, token, valid, top0, total0, HEAD_DIM)
+            if 4 * fourth + 1 < GROUP:
+                top1, total1 = _put(
+                    odd & 0xFFFF, steps + 1, scale, scores + tokens, token, valid, top1, total1, HEAD_DIM
+                )
+            if 4 * fourth + 2 < GROUP:
+                top2, total2 = _put(
+                    even >> 16, steps + 2, scale, scores + 2 * tokens, token, valid, top2, total2, HEAD_DIM
+                )
+            if 4 * fourth + 3 < GROUP:
+                top3, total3 = _put(
+                    odd >> 16, steps + 3, scale, scores + 3 * tokens, token, valid, top3, total3, HEAD_DIM
+                )
+        parts = tl.num_programs(0)
+        lse = partial_lse + (request * (tl.num_programs(1) // FOURTHS) * GROUP + query_head) * parts + part
+        _put_lse(lse, top0, total0)
+        if 4 * fourth + 1 < GROUP:
+            _put_lse(lse + parts, top1, total1)
+        if 4 * fourth + 2 < GROUP:
+            _put_lse(lse + 2 * parts, top2, total2)
+        if 4 * fourth + 3 < GROUP:
+            _put_lse(lse + 3 * parts, top3, total3)
 
 
 def score_landmarks(
     queries: Tensor,
+    signs: Tensor,
     codes: Tensor,
     scales: Tensor,
-    points: Tensor,
-    block_tables: Tensor,
-    lengths: Tensor,
+    grid: Tensor,
+    lanes: Tensor,
     *,
     first: int = 0,
-    block_tokens: int = 128,
-) -> tuple[Tensor, Tensor]:
+    block_tokens: int = 256,
+    parts: int | None = None,
+) -> Tensor:
     """Estimate the attention scores of one query token for each of many requests, in one layer.
 
-    queries: float [B, Hq, D], rotated as the landmarks are; D is 64, 128 or 256
+    queries: float [B, Hq, D], not rotated; D is 64, 128 or 256
+    signs: float32 [D], those of the landmarks' rotation
     codes: uint8 [slots, H*D/4]; scales: float16 [slots, H], one per token and head; rows may be strided
-    points: int64 [256], the grid as `pack_points` returns it
-    block_tables: int32 [B, pages], the pages of 256 slots of each request; lengths: int32 [B], in tokens
+    grid: float32 [256, 4], of the landmarks
+    lanes: int64 [B, fields]; what it says of scores is written: scaled by 1/sqrt(D), short of a constant per
+        query head; the first tokens have none
     first: tokens at the start of every request that have no landmark (sinks)
-    block_tokens: per program, a divisor of 256. The default is to be measured.
-    Returns scores float32 [B, Hq, pages*256], scaled by 1/sqrt(D), short of a constant per query head, and
-    -inf where a request has no landmark; and their log-sum-exp float32 [B, Hq], so that choosing tokens
-    need not read the scores twice.
-    Twin: aquifer.kernels.landmarks.score_landmarks; points and queries are rounded to float16 here.
+    block_tokens: per turn of a program. The default is to be measured.
+    parts: programs per request and KV head, at most 64; by default so many that the device is full
+    Returns float32 [B, Hq, parts]: log-sum-exp of the scores, part by part; undefined where there is no
+    request.
+    Twin: aquifer.kernels.landmarks.score_landmarks; every four coordinates of a key contribute a number of
+    8 bits here.
     """
     requests, num_q_heads, head_dim = queries.shape
-    num_heads, pages = scales.shape[1], block_tables.shape[1]
+    num_heads = scales.shape[1]
     expect("queries", queries, (None, None, None), FLOATS)
+    expect("signs", signs, (head_dim,), torch.float32)
     expect("codes", codes, (len(scales), num_heads * head_dim // 4), torch.uint8)
     expect("scales", scales, (None, None), torch.float16)
-    expect("points", points, (256,), torch.int64)
-    expect("block_tables", block_tables, (requests, None), torch.int32)
-    expect("lengths", lengths, (requests,), torch.int32)
+    expect("grid", grid, (256, 4), torch.float32)
+    expect("lanes", lanes, (requests, FIELDS.value), torch.int64)
     expect_power_of_two("head_dim", head_dim, 64, 256)
-    expect_power_of_two("block_tokens", block_tokens, 16, PAGE_TOKENS)
+    expect_power_of_two("block_tokens", block_tokens, 32, 1024)
     if num_q_heads % num_heads:
         raise ValueError(f"{num_q_heads} query heads do not divide into groups of {num_heads} KV heads")
-    group, blocks = num_q_heads // num_heads, pages * PAGE_TOKENS // block_tokens
-    scores = torch.empty(requests, num_q_heads, pages * PAGE_TOKENS, device=queries.device)
-    partial_lse = torch.empty(requests, num_q_heads, blocks, device=queries.device)
-    _score_block[(blocks, num_heads, requests)](
+    group = num_q_heads // num_heads
+    fourths = triton.cdiv(group, 4)
+    parts = parts or max(1, min(MAX_PARTS, PROGRAMS // (requests * num_heads * fourths)))
+    device = queries.device
+    tables = torch.empty(requests, num_heads, fourths, head_dim * 64, dtype=torch.int32, device=device)
+    steps = torch.empty(requests, num_q_heads, device=device)
+    partial_lse = torch.empty(requests, num_q_heads, parts, device=device)
+    _tabulate[(fourths, num_heads, requests)](
         queries.contiguous(),
-        points,
+        signs,
+        grid,
+        lanes,
+        tables,
+        steps,
+        SCALE=1 / head_dim,  # of the scores and of the Hadamard matrix, sqrt(D) each
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        EXACT=queries.dtype == torch.float32,
+        num_warps=8,
+    )
+    _score[(parts, num_heads * fourths, requests)](
+        tables,
+        steps,
         codes,
         scales,
-        block_tables,
-        lengths,
-        scores,
+        lanes,
         partial_lse,
         first,
-        block_tables.stride(0),
         codes.stride(0),
         scales.stride(0),
-        SOFTMAX_SCALE=head_dim**-0.5,
         GROUP=group,
-        ROWS=max(16, triton.next_power_of_2(group)),  # tensor cores take 16 rows
+        FOURTHS=fourths,
         HEAD_DIM=head_dim,
-        PAGE=PAGE_TOKENS,
         BLOCK=block_tokens,
-        num_warps=4,
+        num_warps=8,
     )
-    return scores, partial_lse.logsumexp(dim=2)
-
-
-def rank_tokens(
-    scores: Tensor, lse: Tensor, num_kv_heads: int, *, shared: bool, block_tokens: int = 128
-) -> Tensor:
-    """The largest share of attention, as a logarithm, that any query head of a group would give a token.
-
-    scores: float32 [B, Hq, T], T a multiple of 256; lse: float32 [B, Hq]: as `score_landmarks` returns them
-    shared: one set of tokens for all KV heads; otherwise one per head
-    block_tokens: per program, a divisor of 256. The default is to be measured.
-    Returns float32 [B, H, T], or [B, 1, T] if shared: the tokens to choose are its largest.
-    Twin: what aquifer.kernels.landmarks.select_tokens sorts by.
-    """
-    requests, num_q_heads, num_tokens = scores.shape
-    expect("scores", scores, (None, None, None), torch.float32)
-    expect("lse", lse, (requests, num_q_heads), torch.float32)
-    expect_power_of_two("block_tokens", block_tokens, 16, PAGE_TOKENS)
-    if num_q_heads % num_kv_heads or num_tokens % PAGE_TOKENS:
-        raise ValueError(f"scores of shape {list(scores.shape)} do not fit {num_kv_heads} KV heads")
-    sets = 1 if shared else num_kv_heads
-    heads = num_q_heads // sets
-    ranks = torch.empty(requests, sets, num_tokens, device=scores.device)
-    _rank_block[(num_tokens // block_tokens, requests * sets)](
-        scores.contiguous(),
-        lse.contiguous(),
-        ranks,
-        HEADS=heads,
-        ROWS=triton.next_power_of_2(heads),
-        BLOCK=block_tokens,
-        num_warps=4,
-    )
-    return ranks
+    return partial_lse

@@ -19,6 +19,7 @@ from aquifer.server.engine.pages import PagePool, pages_of
 from aquifer.server.engine.parts import EngineParts
 from aquifer.server.engine.runner import FastStep, PagedCache, Rows
 from aquifer.server.engine.sampling import Choice
+from aquifer.server.engine.selective import selects_on_device
 from aquifer.server.models.adapter import DecoderAdapter
 
 GraphMemory = Any  # torch names its type privately
@@ -52,6 +53,9 @@ class GraphedAttention(Protocol):
 
         Returns [bucket, Hq, D]; anything finite in rows that attend to nothing."""
 
+    def done(self) -> None:
+        """The device has computed the step."""
+
 
 def graphed_steps(parts: EngineParts) -> list[FastStep]:
     """The kinds of steps that this engine replays; none where kernels or model do not allow it."""
@@ -59,8 +63,14 @@ def graphed_steps(parts: EngineParts) -> list[FastStep]:
     if not (adapter.backend.fuses and adapter.graphable):
         return []
     memory = torch.cuda.graph_pool_handle()
-    lanes = PagedLanes(parts.pool, adapter.backend, most, pages_of(adapter.max_positions))
-    return [GraphedStep(adapter, parts.pool, lanes, most, memory)]
+    kinds: list[GraphedAttention] = [
+        PagedLanes(parts.pool, adapter.backend, most, pages_of(adapter.max_positions))
+    ]
+    if selects_on_device(parts):
+        from aquifer.server.engine.lanes import SelectiveLanes  # Triton is optional
+
+        kinds.append(SelectiveLanes(parts))
+    return [GraphedStep(adapter, parts.pool, kind, most, memory) for kind in kinds]
 
 
 class GraphedStep:
@@ -104,7 +114,9 @@ class GraphedStep:
             graph = self._graphs.get(bucket) or self._record(bucket, self._memory)
             self._fill(rows, bucket)
             graph.replay()
-        return self._read(rows)
+        results = self._read(rows)
+        self._attention.done()
+        return results
 
     def _fill(self, rows: Sequence[Rows], bucket: int) -> None:
         slots = self._attention.prepare(rows, bucket)
@@ -206,6 +218,9 @@ class PagedLanes:
         keys, values = self._pool.keys[layer], self._pool.values[layer]
         out, _ = self._backend.attend_pages(q, keys, values, self._tables[:bucket], self._lengths[:bucket])
         return out
+
+    def done(self) -> None:
+        """Nothing was counted."""
 
 
 def bucket_of(rows: int, most: int) -> int:

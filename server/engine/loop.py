@@ -24,7 +24,7 @@ from aquifer.server.engine.reading import Claims, PromptReader
 from aquifer.server.engine.records import prompt_usage
 from aquifer.server.engine.runner import ModelRunner, PagedCache
 from aquifer.server.engine.sampling import Choice
-from aquifer.server.engine.selective import SelectiveCache, fill_sinks
+from aquifer.server.engine.selective import fill_sinks, selective_cache
 from aquifer.server.engine.state import Phase, RequestState
 from aquifer.server.engine.streams import SegmentReader
 from aquifer.server.engine.types import FailedEvent, FinishReason
@@ -212,7 +212,7 @@ class StepLoop:
         if plan.selection is None:
             state.decoding = OneByOne(cache, state.sampler)
         else:
-            rows = SelectiveCache(parts, cache.table, room.index_pages, room.row_pages, plan.selection)
+            rows = selective_cache(parts, cache.table, room.index_pages, room.row_pages, plan.selection)
             fill_sinks(rows, cache, self._reader)
             if plan.mode == "verified":
                 state.decoding = Verified(rows, cache, state.sampler, parts.eos_token_ids, self._metrics)

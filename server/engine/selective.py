@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,12 +25,19 @@ from aquifer.server.engine.records import segment_span
 from aquifer.server.engine.runner import CachePass, PagedCache, attend_run
 from aquifer.server.engine.streams import SegmentReader
 
+if TYPE_CHECKING:
+    from aquifer.server.engine.lanes import LaneCache
+
 MIN_SELECTED = 64
 """Tokens selected at least. The tail of a prompt is up to 256 tokens long and counts in the budget; without a
 floor, a prompt of 4,095 tokens would select one token where one of 4,097 selects two hundred."""
 
 ROW_CACHE_STEPS = 4
 """Rows kept on the device, as a multiple of those that one step selects."""
+
+LISTED_TOKENS = 1 << 15
+"""Most that a recorded step attends to per request: sinks, chosen tokens, tail and answer. The lists are
+there all the time, for as many requests as may run."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,10 @@ class Selection:
     @property
     def row_pages(self) -> int:
         return pages_of(self.row_slots)
+
+    def listed(self, tail_pages: int) -> int:
+        """Slots that a step attends to at most, if the tail and the answer take so many pages."""
+        return SINK_TOKENS + self.count + tail_pages * SEGMENT_TOKENS
 
 
 def indexed_tokens(prompt_tokens: int) -> int:
@@ -215,6 +227,30 @@ class _SelectivePass:
         return merge_attention(parts)
 
 
+def selects_on_device(parts: EngineParts) -> bool:
+    """Whether recorded steps can select: the kernels know the geometry, and the device can read the rows."""
+    adapter, spec = parts.adapter, parts.adapter.spec
+    if not (adapter.backend.fuses and adapter.graphable) or spec.head_dim not in (64, 128):
+        return False
+    return parts.index.num_pages > 0 and parts.index.rows.is_pinned()
+
+
+def selective_cache(
+    parts: EngineParts,
+    table: BlockTable,
+    index_pages: Sequence[int],
+    row_pages: Sequence[int],
+    selection: Selection,
+) -> SelectiveCache | LaneCache:
+    """See SelectiveCache, which it is unless recorded steps can serve the request."""
+    listed = selection.listed(len(table.pages) - len(index_pages))
+    if not selects_on_device(parts) or listed > LISTED_TOKENS:
+        return SelectiveCache(parts, table, index_pages, row_pages, selection)
+    from aquifer.server.engine.lanes import LaneCache  # Triton is optional
+
+    return LaneCache(parts, table, index_pages, row_pages, selection)
+
+
 def build_index(
     index: IndexPool, pages: Sequence[int], numbers: Sequence[int], cache: PagedCache, reader: SegmentReader
 ) -> None:
@@ -236,7 +272,7 @@ def build_index(
             index.write(layer, runs, *stream.next_layer())
 
 
-def fill_sinks(selective: SelectiveCache, cache: PagedCache, reader: SegmentReader) -> None:
+def fill_sinks(selective: SelectiveCache | LaneCache, cache: PagedCache, reader: SegmentReader) -> None:
     """Give a selective cache the KV of the first tokens."""
     run = cache.table.runs([(0, SINK_TOKENS)])
     stream = None if run else reader.source([cache.host[0]], sinks_only=True).open()

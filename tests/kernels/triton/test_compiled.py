@@ -17,7 +17,9 @@ from triton.runtime.jit import JITFunction, KernelInterface
 
 from aquifer.compression.aqua import load_quantizer
 from aquifer.kernels.triton.attention import attend_pages, merge_parts
+from aquifer.kernels.triton.chain import decode_residuals, encode_rows, predict
 from aquifer.kernels.triton.emit import emit
+from aquifer.kernels.triton.gather import gather_slices
 from aquifer.kernels.triton.higgs import higgs_decode_add, higgs_encode
 from aquifer.kernels.triton.landmarks import score_landmarks
 from aquifer.kernels.triton.lanes import NOBODY, lay_out
@@ -157,9 +159,31 @@ def test_emitting_compiles(heads: int, head_dim: int, dtype: torch.dtype, compil
     channels = heads * head_dim
     pool = torch.zeros(heads, SLOTS, head_dim, dtype=dtype)
     state, angles = torch.zeros(64, 2 * channels, dtype=dtype), torch.zeros(64, head_dim, dtype=dtype)
-    emit(state[:, :channels], torch.ones(channels), channels, int32(64), pool, (angles, angles))
-    emit(state[:, channels:], torch.ones(channels), channels, int32(64), pool)
-    assert compiled == ["_emit", "_emit"]
+    emit(state, torch.ones(channels), channels, (angles, angles), int32(64), pool, pool)
+    assert compiled == ["_emit"]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_step_of_the_chain_compiles(bits: int, compiled: _Compiled) -> None:
+    quantizer = load_quantizer(bits, torch.device("cpu"))
+    channels = HEADS * HEAD_DIM
+    ring = torch.zeros(64, 3 * channels, dtype=torch.bfloat16)
+    state, half = ring[:, : 2 * channels], ring[:, 2 * channels :]
+    weight, bias = torch.zeros(2 * channels, channels, dtype=torch.bfloat16), torch.zeros(2, channels)
+    data, offsets, wide = torch.zeros(64, dtype=torch.uint8), int32(4, 64), torch.zeros(64, channels)
+    residual = torch.zeros(2, 64, channels, dtype=torch.bfloat16)
+    decode_residuals(data, offsets, quantizer, channels, residual)
+    decode_residuals(data, offsets, quantizer, channels, residual, bias)
+    predict(state, False, weight, bias[0], half, residual[0])
+    predict(state, True, weight, bias[1], wide)
+    encode_rows(half, bias[0], channels, wide, quantizer, 1, offsets, data, half, int32(64))
+    assert compiled == ["_residuals", "_residuals", "_predict", "_predict", "_encode_rows"]
+
+
+def test_gathering_slices_compiles(compiled: _Compiled) -> None:
+    addresses = torch.zeros(128, dtype=torch.int64)
+    gather_slices(addresses, int32(128), int32(128), 132_096, torch.zeros(64, dtype=torch.uint8))
+    assert compiled == ["_gather"]
 
 
 def test_norms_and_swiglu_compile(compiled: _Compiled) -> None:
@@ -194,7 +218,8 @@ def test_single_tokens_pages_and_splits_compile(compiled: _Compiled) -> None:
     find_rows(lanes, 1, int32(1, 1, 1), torch.zeros(2, dtype=torch.int64), sinks=1)
     rows, grid = torch.zeros(256, 1, 68, dtype=torch.uint8), torch.zeros(256, 2)
     fetch_rows(lanes, int32(1, 1), rows, grid, signs, torch.zeros(1, 64), pool, pool)
-    emit(torch.zeros(1, 64), torch.ones(64), 64, int32(1), pool)
+    angles = torch.zeros(1, 64)
+    emit(torch.zeros(1, 128), torch.ones(64), 64, (angles, angles), int32(1), pool, pool)
     higgs_encode(torch.zeros(1, 64), load_quantizer(2, torch.device("cpu")), 64)
     assert compiled == [
         *(

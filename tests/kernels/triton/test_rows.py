@@ -1,3 +1,5 @@
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import Tensor
@@ -5,22 +7,109 @@ from torch import Tensor
 from aquifer.compression.aqua import load_quantizer
 from aquifer.compression.landmarks import TokenCodec
 from aquifer.compression.spec import KVSpec
-from aquifer.kernels.triton.rows import fetch_rows
+from aquifer.kernels.triton.lanes import NOBODY, Lane, lay_out
+from aquifer.kernels.triton.rows import fetch_rows, find_rows
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
 if torch.cuda.is_available():
     TOLERANCE[torch.bfloat16] = 2e-2
 UNTOUCHED = 7.0
+SINKS = 4
+
+
+def a_lane(sets: int, count: int, device: torch.device, *, slots: int = 40, pages: int = 3) -> Lane:
+    """Pages 2, 0, ... of the index; the tail in pages 5 and 1 of the pool, rows in 3 and 2."""
+    index_pages = [2, 0, 1][:pages]
+    return Lane(
+        index_pages,
+        [5, 1],
+        [3, 2],
+        layers=2,
+        sets=sets,
+        num_q_heads=2,
+        wanted=count,
+        slots=slots,
+        device=device,
+    )
+
+
+class Books:
+    """What find_rows keeps, in plain Python: one set of one layer."""
+
+    def __init__(self, slots: int) -> None:
+        self.slot_of: dict[int, int] = {}
+        self.used = OrderedDict.fromkeys(range(slots), -1)
+
+    def find(self, chosen: list[int], step: int) -> tuple[list[int], list[int]]:
+        """Slots of the chosen tokens, and those that are missing."""
+        missing = [token for token in chosen if token not in self.slot_of]
+        for token in chosen:
+            if token in self.slot_of:
+                self.used[self.slot_of[token]] = step
+        age = {slot: min(step - used, 255) for slot, used in self.used.items()}
+        oldest = sorted(age, key=lambda slot: (-age[slot], slot))[: len(missing)]
+        token_in = {slot: token for token, slot in self.slot_of.items()}
+        for token, slot in zip(missing, sorted(oldest), strict=True):
+            self.slot_of.pop(token_in.get(slot, -1), None)
+            self.slot_of[token] = slot
+            self.used[slot] = step
+        return [self.slot_of[token] for token in chosen], missing
+
+
+@pytest.mark.parametrize(("sets", "block"), [(1, 2048), (2, 16)])
+def test_random_steps_keep_the_books_that_plain_code_keeps(
+    sets: int, block: int, device: torch.device, launched: list[str]
+) -> None:
+    lane, other = a_lane(sets, 12, device, slots=48), a_lane(sets, 5, device, slots=7)
+    books = {(one, own): Books(one.slots) for one in (lane, other) for own in range(sets)}
+    lists = torch.zeros(3, sets, 64, dtype=torch.int32, device=device)
+    counters = torch.zeros(2, dtype=torch.int64, device=device)
+    generator = torch.Generator().manual_seed(sets)
+    fetched = 0
+    # Steps far apart make slots so old that their ages are no longer told apart.
+    for step in (*range(1, 12), *range(300, 312), *range(700, 705)):
+        for one in (lane, other):
+            # A few tokens more than there are slots, so that some stay and some go.
+            picks = [torch.randperm(60, generator=generator)[: one.wanted].sort().values for _ in range(sets)]
+            one.chosen.copy_(SINKS + torch.stack(picks))
+        table = torch.tensor([lane.row(step, 3), NOBODY, other.row(step, 3)], device=device)
+        num_missing = find_rows(table, 1, lists, counters, sinks=SINKS, block=block)
+        for number, one in ((0, lane), (2, other)):
+            for own in range(sets):
+                slots, missing = books[one, own].find(one.chosen[own].tolist(), step)
+                assert num_missing[number, own] == len(missing)
+                assert one.missing[own, : len(missing)].tolist() == missing
+                pooled = [3 * 256 + SINKS + slot for slot in slots]
+                assert lists[number, own, SINKS + 3 :][: len(slots)].tolist() == pooled
+                targets = [3 * 256 + SINKS + books[one, own].slot_of[token] for token in missing]
+                assert one.targets[own, : len(missing)].tolist() == targets
+                fetched += len(missing)
+    assert num_missing[1].tolist() == [0] * sets
+    assert (lane.slot_of[0] == -1).all()  # the other layer has books of its own
+    assert counters.tolist() == [28 * sets * (12 + 5), fetched]
+    assert set(launched) == {"_find_rows"}
+
+
+def test_a_list_begins_with_sinks_and_tail(device: torch.device, launched: list[str]) -> None:
+    lane = a_lane(2, 6, device)
+    lists = torch.full((2, 2, 300), -1, dtype=torch.int32, device=device)
+    lengths = torch.full((2,), -1, dtype=torch.int32, device=device)
+    lay_out(torch.tensor([NOBODY, lane.row(1, 258)], device=device), lists, lengths, sinks=SINKS)
+    expected = [*range(768, 772), *range(5 * 256, 6 * 256), 256, 257]
+    assert lists[1, :, : len(expected)].tolist() == [expected, expected]
+    assert (lists[0] == -1).all() and (lists[1, :, len(expected) :] == -1).all()
+    assert lengths.tolist() == [0, 4 + 258 + 6]
+    assert launched == ["_lay_out"]
 
 
 class Layer:
-    """One layer of 600 encoded tokens, and a pool of 300 slots."""
+    """One layer of 768 encoded tokens, and a pool of 300 slots."""
 
     def __init__(self, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(heads * head_dim)
         means = torch.randn(2, heads * head_dim, generator=generator)
         self.codec = TokenCodec(KVSpec(2, heads, head_dim, dtype, "{}"), means, device)
-        keys, values = (torch.randn(600, heads, head_dim, generator=generator).to(device) for _ in "kv")
+        keys, values = (torch.randn(768, heads, head_dim, generator=generator).to(device) for _ in "kv")
         encoded = self.codec.encode(1, keys + means[1].view(heads, head_dim).to(device), values)
         self.rows = encoded.rows.cpu()
         if device.type == "cuda":
@@ -29,32 +118,41 @@ class Layer:
             torch.full((heads, 300, head_dim), UNTOUCHED, dtype=dtype, device=device) for _ in "kv"
         )
 
-    def fetch(self, tokens: Tensor, slots: Tensor, **sizes: int) -> None:
-        device = self.keys.device
-        grid, signs = load_quantizer(4, device).grid, self.codec._signs
-        tokens, slots = tokens.to(device), slots.to(device)
-        fetch_rows(
-            self.rows, tokens, slots, grid, signs, self.codec.means[1], self.keys, self.values, **sizes
-        )
+    def fetch(self, lanes: Tensor, num_missing: Tensor, **sizes: int) -> None:
+        grid, signs = load_quantizer(4, self.keys.device).grid, self.codec.signs
+        means = self.codec.means[1]
+        fetch_rows(lanes, num_missing, self.rows, grid, signs, means, self.keys, self.values, **sizes)
 
-    def expected(self, tokens: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """The pool after the plain code did the same."""
+    def expected(self, wanted: list[tuple[Lane, list[int]]]) -> tuple[Tensor, Tensor]:
+        """The pool after the plain code fetched the first so many rows of every set."""
         heads, device = len(self.keys), self.keys.device
         keys, values = (torch.full_like(self.keys, UNTOUCHED) for _ in "kv")
-        for head in range(heads):
-            own = 0 if len(tokens) == 1 else head
-            taken = slots[own] >= 0
-            rows = self.rows[tokens[own][taken], head].to(device)
-            where = slots[own][taken].to(device)
-            number = torch.full((len(rows),), head, device=device)
-            key, value = self.codec.decode_rows(1, number, rows)
-            keys[head, where], values[head, where] = key.to(keys.dtype), value.to(values.dtype)
+        for lane, counts in wanted:
+            slot_at = torch.cat([torch.arange(256) + 256 * page for page in lane.index_pages.tolist()])
+            for head in range(heads):
+                own = 0 if len(counts) == 1 else head
+                token, target = (t[own, : counts[own]].long() for t in (lane.missing, lane.targets))
+                rows = self.rows[slot_at[token.cpu()], head].to(device)
+                number = torch.full((len(rows),), head, device=device)
+                key, value = self.codec.decode_rows(1, number, rows)
+                keys[head, target], values[head, target] = key.to(keys.dtype), value.to(values.dtype)
         return keys, values
+
+
+def wanted(lane: Lane, slots: range, seed: int) -> None:
+    """Random tokens are missing, and these slots of the pool await them."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = lane.keys.shape[1]
+    for own in range(len(lane.missing)):
+        picks = torch.randperm(tokens, generator=generator)[: lane.wanted].sort().values
+        order = torch.randperm(len(slots), generator=generator)[: lane.wanted]
+        lane.missing[own].copy_(picks)
+        lane.targets[own].copy_(slots.start + order)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize(("heads", "head_dim", "count"), [(1, 64, 1), (3, 64, 7), (2, 128, 255)])
+@pytest.mark.parametrize(("heads", "head_dim", "count"), [(1, 64, 1), (3, 64, 7), (2, 128, 120)])
 def test_fetched_rows_equal_their_twin(
     heads: int,
     head_dim: int,
@@ -64,40 +162,46 @@ def test_fetched_rows_equal_their_twin(
     device: torch.device,
     launched: list[str],
 ) -> None:
-    layer = Layer(heads, head_dim, dtype, device)
-    generator = torch.Generator().manual_seed(count)
-    sets = range(1 if shared else heads)
-    tokens = torch.stack([torch.randperm(600, generator=generator)[:count].sort().values for _ in sets])
-    slots = torch.stack([torch.randperm(300, generator=generator)[:count] for _ in sets])
-    slots[:, 1::3] = -1  # those are there already
-    layer.fetch(tokens, slots)
+    layer, sets = Layer(heads, head_dim, dtype, device), 1 if shared else heads
+    lane, other = a_lane(sets, count, device), a_lane(sets, 9, device, pages=2)
+    wanted(lane, range(150), 1)
+    wanted(other, range(150, 300), 2)
+    counts = [max(1, count - own) for own in range(sets)], [9] * sets
+    lanes = torch.tensor([lane.row(1, 1), NOBODY, other.row(1, 1)], device=device)
+    num_missing = torch.tensor([counts[0], [0] * sets, counts[1]], dtype=torch.int32, device=device)
+    layer.fetch(lanes, num_missing)
     assert launched == ["_fetch_rows"]
-    for found, expected in zip((layer.keys, layer.values), layer.expected(tokens, slots), strict=True):
-        torch.testing.assert_close(found, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    expected = layer.expected([(lane, counts[0]), (other, counts[1])])
+    for found, plain in zip((layer.keys, layer.values), expected, strict=True):
+        torch.testing.assert_close(found, plain, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("sizes", [{"programs": 1}, {"programs": 3, "block_rows": 32}])
 def test_few_programs_fetch_all_rows(
     sizes: dict[str, int], device: torch.device, launched: list[str]
 ) -> None:
-    layer = Layer(2, 64, torch.float32, device)
-    tokens, slots = torch.arange(100, 200)[None], torch.arange(299, 199, -1)[None]
-    layer.fetch(tokens, slots, **sizes)
+    layer, lane = Layer(2, 64, torch.float32, device), a_lane(1, 100, device)
+    wanted(lane, range(200, 300), 3)
+    num_missing = torch.tensor([[100]], dtype=torch.int32, device=device)
+    layer.fetch(torch.tensor([lane.row(1, 1)], device=device), num_missing, **sizes)
     assert launched == ["_fetch_rows"]
-    for found, expected in zip((layer.keys, layer.values), layer.expected(tokens, slots), strict=True):
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    for found, plain in zip((layer.keys, layer.values), layer.expected([(lane, [100])]), strict=True):
+        torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-5)
 
 
 def test_arguments_that_do_not_fit_are_refused(device: torch.device) -> None:
-    layer = Layer(3, 64, torch.float32, device)
-    tokens = torch.zeros(1, 5, dtype=torch.int64)
+    layer, lane = Layer(3, 64, torch.float32, device), a_lane(1, 5, device)
+    lanes = torch.tensor([lane.row(1, 1)], device=device)
+    none = torch.zeros(1, 1, dtype=torch.int32, device=device)
     with pytest.raises(ValueError, match="2 sets of tokens for 3 heads"):
-        layer.fetch(tokens.expand(2, 5), tokens.expand(2, 5))
-    with pytest.raises(ValueError, match="slots is"):
-        layer.fetch(tokens, tokens[:, 1:])
+        layer.fetch(lanes, none.expand(1, 2).contiguous())
+    with pytest.raises(ValueError, match="lanes is"):
+        layer.fetch(lanes[:, 1:], none)
+    with pytest.raises(ValueError, match="counters is"):
+        find_rows(lanes, 0, none[None], torch.zeros(3, dtype=torch.int64, device=device), sinks=SINKS)
     layer.values = layer.values.transpose(0, 1).contiguous().transpose(0, 1)
     with pytest.raises(ValueError, match="values has strides"):
-        layer.fetch(tokens, tokens)
+        layer.fetch(lanes, none)
     layer.rows = layer.rows[:, :, 1:]
     with pytest.raises(ValueError, match="rows is"):
-        layer.fetch(tokens, tokens)
+        layer.fetch(lanes, none)

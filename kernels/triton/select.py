@@ -1,0 +1,221 @@
+"""Choosing the tokens of the largest ranks, for sets of many requests at once, in ascending order.
+
+A rank is the largest share of attention that any query head of a set would give a token, as a logarithm. It
+is rounded to a whole number of 1/512 (0.2 % of the share; a landmark errs by far more), so that two
+histograms of 256 bins find the smallest rank that is chosen: no sort, no list that depends on what else is in
+the batch. Of tokens with that very rank the first ones are taken.
+
+Three kernels, each cut into chunks of tokens: ranks and their upper bytes; the lower bytes of those that
+share the limit's upper byte; the tokens. Bytes moved per set: scores once, 4 * T per query head, and ranks
+three times, 2 * T each.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from aquifer.kernels.triton.checks import expect, expect_power_of_two
+from aquifer.kernels.triton.landmarks import MAX_PARTS
+from aquifer.kernels.triton.lanes import CHOSEN, FIELDS, KEYS, SCORES, TOKENS, WANTED, memory, number
+
+PROGRAMS = 264
+"""What the number of chunks aims at: twice the multiprocessors of an H200."""
+
+MAX_CHUNKS = 32
+"""The last kernel reads the histograms of all chunks at once."""
+
+UNIT = tl.constexpr(1024)
+"""Chunks are cut at multiples of so many tokens, in all three kernels."""
+
+RESOLUTION = tl.constexpr(512.0)
+NEVER = tl.constexpr(65535)
+"""Rank of what must not be chosen: sinks, which are attended to anyway."""
+
+
+@triton.jit
+def _chunk(tokens: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """First token of this program's chunk, and of the next."""
+    length = tl.cdiv(tl.cdiv(tokens, UNIT), tl.num_programs(0)) * UNIT
+    first = tl.program_id(0) * length
+    return first, tl.minimum(tokens, first + length)
+
+
+@triton.jit
+def _limit(counts: tl.tensor, wanted: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """The bin in which the wanted-th token lies, and how many of that bin are wanted.
+
+    counts: int32 [256], tokens per bin, of which the first are wanted."""
+    bins = tl.arange(0, 256)
+    before = tl.cumsum(counts, 0) - counts
+    limit = tl.sum((before + counts < wanted).to(tl.int32), 0)
+    return limit, wanted - tl.sum(tl.where(bins == limit, before, 0), 0)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _rank(
+    lanes: tl.tensor,
+    partial_lse: tl.tensor,
+    upper: tl.tensor,
+    first: tl.tensor,
+    parts: tl.tensor,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Ranks of one chunk for one set: HEADS query heads compete for it."""
+    own_set, request = tl.program_id(1), tl.program_id(2)
+    tokens = number(lanes, request, TOKENS)
+    if tokens > 0:
+        row, part, bins = tl.arange(0, ROWS), tl.arange(0, PARTS), tl.arange(0, 256)
+        query_head = own_set * HEADS + row
+        place = (request * tl.num_programs(1) * HEADS + query_head)[:, None] * parts + part[None, :]
+        there = (row[:, None] < HEADS) & (part[None, :] < parts)
+        each = tl.load(partial_lse + place, mask=there, other=float("-inf"))
+        top = tl.max(each, axis=1)
+        shift = tl.where(row < HEADS, top, 0.0)
+        lse = shift + tl.log(tl.maximum(tl.sum(tl.exp(each - shift[:, None]), axis=1), 1e-30))
+
+        scores = memory(lanes, request, SCORES, tl.float32)
+        keys = memory(lanes, request, KEYS, tl.int16) + own_set.to(tl.int64) * tokens
+        row_at = query_head.to(tl.int64)[:, None] * tokens
+        counts = tl.zeros([256], dtype=tl.int32)
+        start, stop = _chunk(tokens)
+        for at in range(start, stop, BLOCK):
+            token = at + tl.arange(0, BLOCK)
+            inside = token < stop
+            wanted = (row[:, None] < HEADS) & (inside & (token >= first))[None, :]
+            score = tl.load(scores + row_at + token[None, :], mask=wanted, other=float("-inf"))
+            distance = -tl.max(score - lse[:, None], axis=0) * RESOLUTION
+            key = tl.minimum(tl.maximum(distance, 0.0), NEVER - 1.0).to(tl.int32)
+            key = tl.where(token >= first, key, NEVER)
+            counts += tl.histogram(key >> 8, 256, mask=inside)
+            tl.store(keys + token, key.to(tl.int16), mask=inside)
+        chunk = (request * tl.num_programs(1) + own_set) * tl.num_programs(0) + tl.program_id(0)
+        tl.store(upper + chunk * 256 + bins, counts)
+
+
+@triton.jit
+def _histograms(counts: tl.tensor, chunks: tl.tensor, CHUNKS: tl.constexpr) -> tl.tensor:
+    """int32 [CHUNKS, 256]: of all chunks of this program's set. The grid is (chunks, sets, requests)."""
+    chunk, bins = tl.arange(0, CHUNKS), tl.arange(0, 256)
+    own = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * chunks
+    place = (own + chunk)[:, None] * 256 + bins[None, :]
+    return tl.load(counts + place, mask=chunk[:, None] < chunks, other=0)
+
+
+@triton.jit
+def _refine(
+    lanes: tl.tensor,
+    upper: tl.tensor,
+    lower: tl.tensor,
+    CHUNKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """The lower bytes of those ranks of one chunk whose upper byte is the limit's."""
+    own_set, request = tl.program_id(1), tl.program_id(2)
+    tokens = number(lanes, request, TOKENS)
+    if tokens > 0:
+        totals = tl.sum(_histograms(upper, tl.num_programs(0), CHUNKS), 0)
+        limit, _ = _limit(totals, number(lanes, request, WANTED))
+        keys = memory(lanes, request, KEYS, tl.int16) + own_set.to(tl.int64) * tokens
+        counts = tl.zeros([256], dtype=tl.int32)
+        start, stop = _chunk(tokens)
+        for at in range(start, stop, BLOCK):
+            token = at + tl.arange(0, BLOCK)
+            key = tl.load(keys + token, mask=token < stop, other=0).to(tl.int32) & NEVER
+            counts += tl.histogram(key & 255, 256, mask=(token < stop) & (key >> 8 == limit))
+        chunk = (request * tl.num_programs(1) + own_set) * tl.num_programs(0) + tl.program_id(0)
+        tl.store(lower + chunk * 256 + tl.arange(0, 256), counts)
+
+
+@triton.jit
+def _choose(
+    lanes: tl.tensor,
+    upper: tl.tensor,
+    lower: tl.tensor,
+    CHUNKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """The chosen tokens of one chunk, behind those of the chunks before it."""
+    own_set, request = tl.program_id(1), tl.program_id(2)
+    tokens, count = number(lanes, request, TOKENS), number(lanes, request, WANTED)
+    if tokens > 0:
+        bins = tl.arange(0, 256)[None, :]
+        uppers = _histograms(upper, tl.num_programs(0), CHUNKS)
+        lowers = _histograms(lower, tl.num_programs(0), CHUNKS)
+        upper_limit, wanted = _limit(tl.sum(uppers, 0), count)
+        lower_limit, ties_wanted = _limit(tl.sum(lowers, 0), wanted)
+        limit = upper_limit * 256 + lower_limit
+        sure = tl.sum(tl.where(bins < upper_limit, uppers, 0) + tl.where(bins < lower_limit, lowers, 0), 1)
+        ties = tl.sum(tl.where(bins == lower_limit, lowers, 0), 1)
+        earlier = tl.arange(0, CHUNKS) < tl.program_id(0)
+        ties_before = tl.sum(tl.where(earlier, ties, 0), 0)
+        sure_before = tl.sum(tl.where(earlier, sure, 0), 0)
+
+        keys = memory(lanes, request, KEYS, tl.int16) + own_set.to(tl.int64) * tokens
+        chosen = memory(lanes, request, CHOSEN, tl.int32) + own_set * count
+        start, stop = _chunk(tokens)
+        for at in range(start, stop, BLOCK):
+            token = at + tl.arange(0, BLOCK)
+            key = tl.load(keys + token, mask=token < stop, other=-1).to(tl.int32) & NEVER
+            better = (key < limit).to(tl.int32)
+            tie = ((key == limit) & (token < stop)).to(tl.int32)
+            # One running sum for both: as many ties are taken as are left, so places follow from two counts.
+            ties_here = ties_before + tl.cumsum(tie, 0)
+            sure_here = sure_before + tl.cumsum(better, 0)
+            taken = (better == 1) | ((tie == 1) & (ties_here <= ties_wanted))
+            place = sure_here + tl.minimum(ties_here, ties_wanted) - 1
+            tl.store(chosen + place, token, mask=taken)
+            ties_before += tl.sum(tie, 0)
+            sure_before += tl.sum(better, 0)
+
+
+def select_tokens(
+    lanes: Tensor,
+    partial_lse: Tensor,
+    sets: int,
+    *,
+    first: int = 0,
+    block_tokens: int = UNIT.value,
+    chunks: int | None = None,
+) -> None:
+    """Choose the tokens that matter most to any query head of a set.
+
+    lanes: int64 [B, fields]; reads scores, writes keys (scratch) and chosen
+    partial_lse: float32 [B, Hq, parts], as `score_landmarks` returns it
+    sets: S, a divisor of Hq
+    first: tokens at the start of every request that are not to be chosen (sinks)
+    block_tokens: per turn of a program, a divisor of 1024. The default is to be measured.
+    chunks: programs per request and set, at most 32; by default so many that the device is full
+    Twin: aquifer.kernels.landmarks.select_tokens, up to the rounding of ranks.
+    """
+    requests, num_q_heads, parts = partial_lse.shape
+    expect("lanes", lanes, (requests, FIELDS.value), torch.int64)
+    expect("partial_lse", partial_lse, (None, None, None), torch.float32)
+    expect_power_of_two("block_tokens", block_tokens, 128, UNIT.value)
+    if parts > MAX_PARTS:
+        raise ValueError(f"{parts} parts of a log-sum-exp; at most {MAX_PARTS} can be read")
+    if num_q_heads % sets:
+        raise ValueError(f"{num_q_heads} query heads do not divide into {sets} sets")
+    heads = num_q_heads // sets
+    chunks = chunks or max(1, min(MAX_CHUNKS, PROGRAMS // (requests * sets)))
+    upper, lower = torch.empty(2, requests, sets, chunks, 256, dtype=torch.int32, device=lanes.device)
+    grid = (chunks, sets, requests)
+    _rank[grid](
+        lanes,
+        partial_lse.contiguous(),
+        upper,
+        first,
+        parts,
+        HEADS=heads,
+        ROWS=triton.next_power_of_2(heads),
+        PARTS=MAX_PARTS,
+        BLOCK=max(
+            128, block_tokens * 4 // max(4, triton.next_power_of_2(heads))
+        ),  # as many scores for any set
+        num_warps=8,
+    )
+    _refine[grid](lanes, upper, lower, CHUNKS=MAX_CHUNKS, BLOCK=block_tokens, num_warps=8)
+    _choose[grid](lanes, upper, lower, CHUNKS=MAX_CHUNKS, BLOCK=block_tokens, num_warps=8)

@@ -1,0 +1,197 @@
+"""Recorded steps of selective decoding against plain ones. Without a device the same step is computed by the
+interpreter instead of being replayed."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+import torch
+from tiny_models import SHAPE
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from aquifer.compression.landmarks import TokenCodec
+from aquifer.compression.spec import SINK_TOKENS
+from aquifer.kernels.backend import PLAIN, backend_for
+from aquifer.kernels.triton import landmarks, select
+from aquifer.server.engine.graphs import GraphedStep
+from aquifer.server.engine.index import IndexPool
+from aquifer.server.engine.lanes import LaneCache, SelectiveLanes
+from aquifer.server.engine.pages import BlockTable, PagePool, pages_of
+from aquifer.server.engine.parts import EngineLimits, EngineParts
+from aquifer.server.engine.runner import ModelRunner, PagedCache, Rows
+from aquifer.server.engine.sampling import Choice
+from aquifer.server.engine.selective import Selection, SelectiveCache, build_index, fill_sinks
+from aquifer.server.engine.streams import SegmentReader
+from aquifer.server.metrics import Metrics
+from aquifer.server.models.adapter import DecoderAdapter
+
+# What numpy says where the interpreter takes the logarithm of an empty block, which is -inf as it should be.
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log")
+
+
+class Setting:
+    """A tiny model over one pool, an index, and both kinds of selective decoding over them."""
+
+    def __init__(self, device: torch.device, *, shared: bool, max_running: int = 4) -> None:
+        config = {**SHAPE, "num_hidden_layers": 2, "head_dim": 64, "hidden_size": 48}
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**config))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.mul_(4.0)
+        model = model.to(device).eval()
+        plain = DecoderAdapter(model, max_tokens=4096, backend=PLAIN)
+        spec = plain.spec
+        self.pool = PagePool(spec, 60 * 256 * spec.bytes_per_token, device, keep=False)
+        self.index = IndexPool(TokenCodec(spec, None, device), 12, device, keep=False)
+        if device.type == "cuda":
+            self.index.rows = self.index.rows.pin_memory()
+        self.metrics = Metrics()
+        self.parts = cast(
+            EngineParts,
+            SimpleNamespace(
+                adapter=plain,
+                pool=self.pool,
+                index=self.index,
+                metrics=self.metrics,
+                limits=EngineLimits(max_running, 4, 512, shared_selection=shared),
+            ),
+        )
+        self.plain = ModelRunner(plain, self.pool)
+        backend = backend_for(device, spec.dtype, spec.head_dim)
+        fused = DecoderAdapter(model, max_tokens=4096, backend=replace(backend, fuses=True))
+        self.lanes = SelectiveLanes(self.parts)
+        memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.step = GraphedStep(fused, self.pool, self.lanes, max_running, memory)
+        self.fast = ModelRunner(fused, self.pool, [self.step])
+
+    def read(self, length: int, budget: float) -> tuple[SelectiveCache, LaneCache]:
+        """One random prompt, twice: for plain and for recorded steps."""
+        ids = random.Random(length).choices(range(299), k=length)
+        selection = Selection.of(length, budget, shared=self.parts.limits.shared_selection)
+        segments = (length - 1) // 256
+        index_pages = self.index.allocate(segments)
+        assert index_pages is not None
+        random.Random(length).shuffle(index_pages)
+        caches: list[SelectiveCache | LaneCache] = []
+        reader = cast(SegmentReader, SimpleNamespace(adapter=self.parts.adapter))
+        for kind in (SelectiveCache, LaneCache):
+            pages, row_pages = (
+                self.pool.allocate(pages_of(length + 32)),
+                self.pool.allocate(selection.row_pages),
+            )
+            assert pages is not None and row_pages is not None
+            random.Random(length).shuffle(pages)
+            whole = PagedCache(self.pool, BlockTable(pages))
+            self.plain.prefill(ids, 0, whole)
+            if kind is SelectiveCache:
+                build_index(self.index, index_pages, range(segments), whole, reader)
+            caches.append(kind(self.parts, whole.table, index_pages, row_pages, selection))
+            fill_sinks(caches[-1], whole, reader)
+        one, other = caches
+        assert isinstance(one, SelectiveCache) and isinstance(other, LaneCache)
+        return one, other
+
+    def counted(self) -> tuple[float, float, float]:
+        """Chosen rows, hits and fetched bytes, as the metrics have them."""
+        names = ("selected_tokens_total", "selected_hits_total", "fetched_bytes_total")
+        labels: list[dict[str, str]] = [{}, {}, {"mode": "selective"}]
+        values = [
+            self.metrics.registry.get_sample_value(f"aquifer_{name}", label)
+            for name, label in zip(names, labels, strict=True)
+        ]
+        return cast(tuple[float, float, float], tuple(values))
+
+
+@pytest.fixture(params=[True, False], ids=["shared", "per head"])
+def setting(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Setting:
+    if device.type == "cpu":  # the interpreter takes them one by one
+        for module in (landmarks, select):
+            monkeypatch.setattr(module, "PROGRAMS", 4)
+    return Setting(device, shared=request.param)
+
+
+def logits_of(results: list[Tensor | Choice]) -> list[Tensor]:
+    assert all(isinstance(result, Tensor) for result in results)
+    return [cast(Tensor, result)[0] for result in results]
+
+
+def test_with_the_whole_prompt_chosen_tokens_equal_those_of_plain_steps(
+    setting: Setting, launched: list[str]
+) -> None:
+    lengths = [260, 520]
+    caches = [setting.read(length, 1.0) for length in lengths]
+    tokens = [5, 6]
+    for _ in range(2):
+        plain, fast = (
+            logits_of(
+                runner.step(
+                    [
+                        Rows([token], at, pair[kind])
+                        for token, at, pair in zip(tokens, lengths, caches, strict=True)
+                    ]
+                )
+            )
+            for kind, runner in enumerate((setting.plain, setting.fast))
+        )
+        for one, other in zip(fast, plain, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+        tokens = [int(logits.argmax()) for logits in plain]
+        lengths = [length + 1 for length in lengths]
+    assert "_fetch_rows" in launched
+
+
+def test_with_few_chosen_steps_stay_close_and_are_counted(setting: Setting, launched: list[str]) -> None:
+    """What is chosen differs where two tokens weigh the same up to the rounding of landmarks' products."""
+    caches, at = setting.read(800, 0.1), 800
+    before = setting.counted()
+    token, agreed = 7, 0
+    for _ in range(4):
+        counted = setting.counted()
+        (plain,) = logits_of(setting.plain.step([Rows([token], at, caches[0])]))
+        between = setting.counted()
+        (fast,) = logits_of(setting.fast.step([Rows([token], at, caches[1])]))
+        after = setting.counted()
+        assert after[0] - between[0] == between[0] - counted[0]  # as many are chosen
+        assert (fast - plain).square().mean() < 0.02 * plain.var()
+        agreed += int(fast.argmax()) == int(plain.argmax())
+        token, at = int(plain.argmax()), at + 1
+    assert agreed >= 3
+    chosen, hits, fetched = (now - then for now, then in zip(setting.counted(), before, strict=True))
+    assert 0 < hits < chosen
+    assert fetched == (chosen - hits) * setting.index.codec.row_bytes
+    assert launched
+
+
+def test_a_request_answers_alike_alone_and_beside_others(setting: Setting, launched: list[str]) -> None:
+    alone, beside = setting.read(700, 0.15)[1], setting.read(700, 0.15)[1]
+    others = [setting.read(length, 0.3)[1] for length in (300, 900)]
+    first = logits_of(setting.fast.step([Rows([9], 700, alone)]))[0]
+    rows = [Rows([3], 300, others[0]), Rows([9], 700, beside), Rows([4], 900, others[1])]
+    torch.testing.assert_close(logits_of(setting.fast.step(rows))[1], first, rtol=1e-4, atol=1e-4)
+    assert launched
+
+
+def test_device_bytes_count_what_the_running_requests_hold(setting: Setting, launched: list[str]) -> None:
+    before = setting.lanes.device_bytes
+    cache = setting.read(600, 0.2)[1]
+    setting.fast.step([Rows([9], 600, cache)])
+    assert setting.lanes.device_bytes == before + cache.device_bytes
+    layers, sets = 2, setting.lanes._sets
+    assert cache.device_bytes > 4 * layers * sets * (512 + 2 * (cache._lane.slots - SINK_TOKENS))
+    assert launched
+
+
+def test_a_lane_takes_part_in_recorded_steps_only(setting: Setting) -> None:
+    plain, fast = setting.read(300, 0.5)
+    assert setting.step.accepts(Rows([1], 300, fast))
+    assert not setting.step.accepts(Rows([1], 300, plain))
+    assert not setting.step.accepts(Rows([1, 2], 300, fast))
+    with pytest.raises(ValueError, match="one new token"):
+        fast.open(300, 2)
