@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from queue import SimpleQueue
 from time import perf_counter
+
+import torch
 
 from aquifer.benchmarks.engines import FIRST_ID, Needs, engine_for, plant, random_prompt, request, timed_read
 from aquifer.benchmarks.geometries import Subject
 from aquifer.benchmarks.harness import Contestant, LeftOutError, Report, Row, Run
 from aquifer.benchmarks.limits import decode_bytes, measure_limits, prefill_flop
 from aquifer.benchmarks.peers import PeerName, hf_decode, hf_prefill, load_hf, taking_part
+from aquifer.benchmarks.selection import Rows, RowsKind, check_imposable
 from aquifer.benchmarks.transfer import check_whole, new_report
 from aquifer.server.engine.engine import Engine
+from aquifer.server.engine.selective import Selection
 from aquifer.server.engine.types import DraftCounts, Event, FailedEvent, FinishedEvent, KVMode, TokenEvent
 from aquifer.server.metrics import Metrics
+from aquifer.server.settings import load_settings
 
 Prompt = tuple[int, ...]
 
 QUESTION_TOKENS = 16
 """Computed behind a context before an answer begins."""
+
+_ROWS_NAMES: dict[RowsKind, str] = {
+    "own": "",
+    "misses": ", no row found",
+    "trace": ", rows found as in the trace",
+}
 
 _RANDOM_KV = "contexts are random KV: row hits and accepted drafts are not those of a text"
 
@@ -54,14 +66,39 @@ def bench_prefill(subject: Subject, tokens: int, repeat: int, peers: Sequence[st
 @dataclass(frozen=True)
 class Decoding:
     """How contexts are decoded. budget: share of the context that selective attention reads; None: the
-    server's default."""
+    server's default. rows: in mode selective, which of the chosen rows are on the device already."""
 
     modes: Sequence[KVMode]
     budget: float | None = None
+    rows: Sequence[RowsKind] = ("own",)
 
     @property
     def selects(self) -> bool:
         return bool({"selective", "verified"} & set(self.modes))
+
+    @property
+    def cases(self) -> list[tuple[str, KVMode, RowsKind]]:
+        """What is measured: a name, the mode, and the rows."""
+        return [
+            (mode + _ROWS_NAMES[kind], mode, kind)
+            for mode in self.modes
+            for kind in (self.rows if mode == "selective" else ("own",))
+        ]
+
+    @contextmanager
+    def imposed(self, subject: Subject, tokens: int) -> Iterator[Rows | None]:
+        """What makes engines choose rows other than the model's own, where any are asked for.
+
+        Raises ValueError if that cannot be done."""
+        if set(self.rows) == {"own"}:
+            yield None
+            return
+        budget = load_settings().selective_budget if self.budget is None else self.budget
+        prompt_tokens = tokens + QUESTION_TOKENS
+        check_imposable(prompt_tokens, Selection.of(prompt_tokens, budget, shared=False).count)
+        rows = Rows(subject.spec, subject.device)
+        with rows.imposed():
+            yield rows
 
 
 def bench_decode(
@@ -75,22 +112,28 @@ def bench_decode(
     report = new_report("decode", subject, **_described(needs, decoding), repeat=repeat)
     report.notes.append(_RANDOM_KV)
     limits, metrics = measure_limits(subject), Metrics()
-    with engine_for(subject, needs, metrics) as engine:
+    on_cuda = subject.device.type == "cuda"
+    before = torch.cuda.memory_allocated() if on_cuda else 0
+    with decoding.imposed(subject, needs.tokens) as imposed, engine_for(subject, needs, metrics) as engine:
+        load = engine.load()
+        if on_cuda:
+            pools = torch.cuda.memory_allocated() - before - load.device_bytes["weights"]
+            report.setup |= {"pools_bytes": load.device_capacity_bytes, "pools_allocated_bytes": pools}
         prompts = _plant_all(engine, subject, needs)
         ours = {
-            mode: _Answers(engine, metrics, prompts, needs.new_tokens, mode, decoding.budget)
-            for mode in decoding.modes
+            name: _Answers(engine, metrics, prompts, needs.new_tokens, mode, decoding.budget, imposed, kind)
+            for name, mode, kind in decoding.cases
         }
-        load = cache(lambda: load_hf(subject))
+        load_peer = cache(lambda: load_hf(subject))
 
         def maker(name: PeerName) -> Callable[[], Run]:
-            return lambda: hf_decode(name, subject, load(), needs.tokens, needs.new_tokens)
+            return lambda: hf_decode(name, subject, load_peer(), needs.tokens, needs.new_tokens)
 
         makers: dict[str, Callable[[], Run]] = {name: maker(name) for name in _DECODING_PEERS}
-        contestants = [Contestant(mode, "ours", answers.run) for mode, answers in ours.items()]
+        contestants = [Contestant(name, "ours", answers.run) for name, answers in ours.items()]
         rows = report.measure([*contestants, *taking_part(report, subject, peers, makers)], repeat)
-    for mode in ours.keys() & rows.keys():
-        rows[mode].figures.update(ours[mode].figures)
+    for name in ours.keys() & rows.keys():
+        rows[name].figures.update(ours[name].figures)
     seconds = decode_bytes(subject, needs.tokens, needs.contexts) / limits.bytes_per_second
     report.rows.append(Row("weights and KV through memory once", "limit", {"seconds": seconds}))
     for row in report.rows:
@@ -111,12 +154,13 @@ def bench_throughput(
     report = new_report("throughput", subject, **_described(needs, decoding), repeat=repeat)
     report.notes.append(_RANDOM_KV)
     metrics = Metrics()
-    with engine_for(subject, needs, metrics) as engine:
+    with decoding.imposed(subject, needs.tokens) as imposed, engine_for(subject, needs, metrics) as engine:
         prompts = _plant_all(engine, subject, needs)
-        for mode in decoding.modes:
+        for case, mode, kind in decoding.cases:
             for count in counts:
-                name = f"{mode}, {count} contexts"
-                answers = _Answers(engine, metrics, prompts[:count], needs.new_tokens, mode, decoding.budget)
+                name = f"{case}, {count} contexts"
+                some, budget = prompts[:count], decoding.budget
+                answers = _Answers(engine, metrics, some, needs.new_tokens, mode, budget, imposed, kind)
                 rows = report.measure([Contestant(name, "ours", answers.run)], repeat)
                 if name not in rows:
                     break  # with more it will not work either
@@ -156,17 +200,23 @@ class _Answers:
         steps: int,
         mode: KVMode,
         budget: float | None,
+        imposed: Rows | None,
+        rows: RowsKind,
     ) -> None:
+        self._imposed, self._rows = imposed, rows
         self._engine, self._metrics, self._prompts = engine, metrics, prompts
         self._steps, self._mode, self._budget = steps, mode, budget
         self._selected = self._hits = 0.0
         self._drafts = DraftCounts()
-        self._device_bytes = 0
+        self._device_bytes = self._kept_bytes = self._transient_bytes = 0
 
     def run(self) -> float:
         """Seconds per step, from when all of them are being answered until the first one ends."""
+        if self._imposed:
+            self._imposed.use(self._rows)
         before = self._row_counts()
-        answers = self._ask()
+        with self._watched_memory():
+            answers = self._ask()
         selected, hits = (new - old for new, old in zip(self._row_counts(), before, strict=True))
         self._selected += selected
         self._hits += hits
@@ -179,9 +229,13 @@ class _Answers:
 
     @property
     def figures(self) -> dict[str, float]:
-        """Device memory held while answering; of selected rows those already on the device; of drafted
-        tokens those that the check accepted."""
+        """Device memory for KV while answering, by the engine's books, and on CUDA as allocated; of selected
+        rows those already on the device; of drafted tokens those that the check accepted."""
         figures = {"device_kv_bytes": float(self._device_bytes)}
+        if self._transient_bytes:
+            measured = self._kept_bytes + self._transient_bytes
+            figures["device_measured_bytes"] = float(measured)
+            figures["measured_percent"] = 100 * measured / self._device_bytes
         if self._selected:
             figures["row_hit_percent"] = 100 * self._hits / self._selected
         if self._drafts.drafted:
@@ -205,8 +259,10 @@ class _Answers:
             at, event = queue.get()
             if isinstance(event, TokenEvent):
                 if not times:
-                    in_use = sum(self._engine.load().device_bytes.values()) - self._weight_bytes
-                    self._device_bytes = max(self._device_bytes, in_use)
+                    in_use = self._engine.load().device_bytes
+                    kept = in_use["resident"] + in_use["landmarks"]
+                    self._kept_bytes = max(self._kept_bytes, kept)
+                    self._device_bytes = max(self._device_bytes, kept + in_use["staging"])
                 times.append(at)
             elif isinstance(event, FailedEvent):
                 raise LeftOutError(event.message)
@@ -217,9 +273,17 @@ class _Answers:
                     self._drafts = self._drafts.plus(event.drafts.drafted, event.drafts.accepted)
                 return times
 
-    @property
-    def _weight_bytes(self) -> int:
-        return self._engine.load().device_bytes["weights"]
+    @contextmanager
+    def _watched_memory(self) -> Iterator[None]:
+        """On CUDA: see what is allocated at most while answering, besides pages and landmarks, which always
+        are. The last run counts: in the first one graphs are recorded, and keep their memory."""
+        if not torch.cuda.is_initialized():
+            yield
+            return
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield
+        self._transient_bytes = torch.cuda.max_memory_allocated() - before
 
     def _row_counts(self) -> tuple[float, float]:
         """Rows that selection chose so far, and those of them that needed no fetch."""

@@ -115,7 +115,7 @@ def _to_ready_kv(
         prefill: Run = lambda: timed_read(engine, random_prompt(subject, tokens), store=False)[0]  # noqa: E731
         rows = report.measure(
             [
-                Contestant("Redis to ready KV", "ours", restore_run(engine, prompt, "redis")),
+                Contestant("Redis to ready KV", "ours", restore_run(engine, [prompt], "redis")),
                 Contestant("prefill instead", "ours", prefill),
             ],
             repeat,

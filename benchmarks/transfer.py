@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from aquifer.benchmarks.engines import (
     random_kv,
     random_prompt,
     redis_at,
+    request,
     timed_read,
     wait_until_stored,
 )
@@ -37,15 +39,23 @@ DECODE_SEGMENTS = 32
 
 
 def bench_restore(
-    subject: Subject, codec: str, tokens: int, repeat: int, peers: Sequence[str], redis_url: str | None
+    subject: Subject,
+    codec: str,
+    tokens: int,
+    repeat: int,
+    peers: Sequence[str],
+    redis_url: str | None,
+    requests: int = 1,
 ) -> Report:
-    """From the prompt's bytes in a tier to its KV in pages, on the wall.
+    """From the bytes of prompts in a tier to their KV in pages, on the wall, per prompt.
 
-    tokens: whole segments, so that all of the prompt can be restored. Raises ValueError otherwise.
+    tokens: whole segments, so that all of a prompt can be restored. Raises ValueError otherwise.
+    requests: prompts asked for at once. Prefill, peers and limits are measured on one of them.
     """
     check_whole(tokens)
-    report = new_report("restore", subject, codec=codec, tokens=tokens, repeat=repeat)
-    device, coder, prompt = subject.device, subject.codec(codec), random_prompt(subject, tokens)
+    report = new_report("restore", subject, codec=codec, tokens=tokens, requests=requests, repeat=repeat)
+    device, coder = subject.device, subject.codec(codec)
+    prompts = [random_prompt(subject, tokens) for _ in range(requests)]
     stored = _encode(coder, *random_kv(subject, tokens))
     with ExitStack() as stack:
         url = None
@@ -53,12 +63,13 @@ def bench_restore(
             url = stack.enter_context(redis_at(redis_url))
         except LeftOutError as error:
             report.left_out["from Redis"] = str(error)
-        engine = stack.enter_context(engine_for(subject, Needs(codec, tokens, redis_url=url)))
-        _, stored_event = timed_read(engine, prompt, store=True)
-        wait_until_stored(engine, [prompt])
-        ours = [Contestant("from RAM", "ours", restore_run(engine, prompt, "ram"))]
+        engine = stack.enter_context(engine_for(subject, Needs(codec, tokens, requests, redis_url=url)))
+        for prompt in prompts:
+            _, stored_event = timed_read(engine, prompt, store=True)
+        wait_until_stored(engine, prompts)
+        ours = [Contestant("from RAM", "ours", restore_run(engine, prompts, "ram"))]
         if url:
-            ours.append(Contestant("from Redis", "ours", restore_run(engine, prompt, "redis")))
+            ours.append(Contestant("from Redis", "ours", restore_run(engine, prompts, "redis")))
         codec_alone = clocked(device, lambda: _decode(coder, stored, device))
         prefill = _prefill(subject, engine, tokens, store=False)
         ours += [Contestant("decoding alone", "ours", codec_alone), Contestant("prefill", "ours", prefill)]
@@ -71,7 +82,8 @@ def bench_restore(
         }
         others = taking_part(report, subject, peers, makers)
         rows = report.measure([*ours, *others, *limits], repeat)
-        engine.forget(prompt, "")
+        for prompt in prompts:
+            engine.forget(prompt, "")
     for row in rows.values():
         row.figures["tokens_per_second"] = tokens / row.figures["seconds"]
     for name in rows.keys() & {"from RAM", "from Redis"}:
@@ -125,16 +137,24 @@ def check_whole(tokens: int) -> None:
         )
 
 
-def restore_run(engine: Engine, prompt: Sequence[int], tier: str) -> Run:
-    """Bring a stored prompt's KV onto the device, all of it from this tier: seconds on the wall."""
+def restore_run(engine: Engine, prompts: Sequence[Sequence[int]], tier: str) -> Run:
+    """Bring the KV of stored prompts onto the device, all at once and all from this tier.
+
+    Seconds on the wall, per prompt."""
 
     def run() -> float:
         if tier == "redis":
-            drop_from_ram(engine, prompt)
-        seconds, event = timed_read(engine, prompt, store=True)
-        if getattr(event.cached, tier) != len(prompt):
-            raise RuntimeError(f"{len(prompt)} tokens should have come from {tier}; it was {event.cached}")
-        return seconds
+            for prompt in prompts:
+                drop_from_ram(engine, prompt)
+        started = perf_counter()
+        events = engine.generate([request(prompt, 0) for prompt in prompts])
+        seconds = perf_counter() - started
+        for prompt, event in zip(prompts, events, strict=True):
+            if getattr(event.cached, tier) != len(prompt):
+                raise RuntimeError(
+                    f"{len(prompt)} tokens should have come from {tier}; it was {event.cached}"
+                )
+        return seconds / len(prompts)
 
     return run
 

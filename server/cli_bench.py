@@ -13,6 +13,7 @@ from aquifer.server.flags import fail
 if TYPE_CHECKING:
     from aquifer.benchmarks.geometries import Subject
     from aquifer.benchmarks.harness import Report
+    from aquifer.benchmarks.selection import RowsKind
     from aquifer.server.engine.types import KVMode
 
 bench = typer.Typer(no_args_is_help=True, help="Measure speed, side by side with peers.")
@@ -46,6 +47,14 @@ Modes = Annotated[
     typer.Option("--mode", help="resident, streamed, selective or verified; may be repeated"),
 ]
 Budget = Annotated[Optional[float], typer.Option(help="share of the context that selective attention reads")]
+Rows = Annotated[
+    list[str],
+    typer.Option(
+        "--rows",
+        help="chosen rows in mode selective: own (of random KV), misses (none is on the device) or trace (as "
+        "many are as recorded from the bundled model); may be repeated",
+    ),
+]
 DeviceBytes = Annotated[
     Optional[int], typer.Option(min=1, help="device memory for KV; default: as much as the contexts need")
 ]
@@ -60,6 +69,7 @@ def restore(
     layers: Layers = None,
     codec: Codec = "aqua:2",
     tokens: Tokens = 8192,
+    requests: Annotated[int, typer.Option(min=1, help="prompts restored at once; times are per prompt")] = 1,
     repeat: Repeat = 5,
     device: Device = "auto",
     peer: Peers = ["hf-dynamic", "raw-copy"],  # noqa: B006  (typer copies it)
@@ -71,7 +81,7 @@ def restore(
     from aquifer.benchmarks.transfer import bench_restore
 
     subject = _subject(geometry, layers, device, weights)
-    _run(lambda: bench_restore(subject, codec, tokens, repeat, peer, redis_url), json_file)
+    _run(lambda: bench_restore(subject, codec, tokens, repeat, peer, redis_url, requests), json_file)
 
 
 @bench.command()
@@ -121,6 +131,7 @@ def decode(
     new_tokens: NewTokens = 32,
     mode: Modes = ["resident"],  # noqa: B006
     budget: Budget = None,
+    rows: Rows = ["own"],  # noqa: B006
     gpu_kv_bytes: DeviceBytes = None,
     repeat: Repeat = 5,
     device: Device = "auto",
@@ -133,7 +144,7 @@ def decode(
     from aquifer.benchmarks.generation import Decoding, bench_decode
 
     subject = _subject(geometry, layers, device, weights)
-    decoding = Decoding(_modes(mode), budget)
+    decoding = Decoding(_modes(mode), budget, _rows(rows))
     needs = Needs(codec, tokens, batch, new_tokens, device_bytes=gpu_kv_bytes, indexed=decoding.selects)
     _run(lambda: bench_decode(subject, needs, decoding, repeat, peer), json_file)
 
@@ -150,6 +161,7 @@ def throughput(
     new_tokens: NewTokens = 32,
     mode: Modes = ["resident"],  # noqa: B006
     budget: Budget = None,
+    rows: Rows = ["own"],  # noqa: B006
     gpu_kv_bytes: DeviceBytes = None,
     repeat: Repeat = 3,
     device: Device = "auto",
@@ -167,7 +179,7 @@ def throughput(
     if counts[0] < 1:
         fail("--contexts begins with at least 1")
     subject = _subject(geometry, layers, device, weights)
-    decoding = Decoding(_modes(mode), budget)
+    decoding = Decoding(_modes(mode), budget, _rows(rows))
     needs = Needs(codec, tokens, counts[-1], new_tokens, device_bytes=gpu_kv_bytes, indexed=decoding.selects)
     _run(lambda: bench_throughput(subject, needs, decoding, repeat, counts), json_file)
 
@@ -237,6 +249,27 @@ def kernels(
     _run(lambda: bench_kernels(subject, tokens, repeat), json_file)
 
 
+@bench.command("record-selection")
+def record_selection(
+    out: Annotated[Path, typer.Option(dir_okay=False, help="the trace, NPZ")],
+    tokens: Annotated[int, typer.Option(min=2048, help="of the prompt")] = 8192,
+    count: Annotated[int, typer.Option(min=1, help="tokens chosen per step, layer and head")] = 256,
+    seed: Annotated[int, typer.Option(help="of the question")] = 1,
+) -> None:
+    """Write down which selected rows the bundled model finds on the device while it answers Text2JSON."""
+    from aquifer.benchmarks.selection import record
+    from aquifer.server.engine.build import load_tokenizer
+    from aquifer.server.settings import load_settings
+    from aquifer.workloads.evaluation import EvalPlan, answer_room, load_items
+
+    settings = load_settings(model="reference", codec="raw", selective_sets="head")
+    plan = EvalPlan("text2json", "full", tokens, 1, seed)
+    (item,) = load_items(plan, load_tokenizer(settings), settings)
+    trace = record(settings, item.prompt, answer_room(item), count)
+    trace.save(out)
+    typer.echo(f"{len(trace.hits):,} steps, {100 * trace.hits.mean():.1f} % of the rows found; {trace.about}")
+
+
 @bench.command()
 def plot(
     lines: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="written with --json")],
@@ -258,6 +291,15 @@ def _modes(names: list[str]) -> list[KVMode]:
         if name not in get_args(KVMode):
             fail(f"no mode {name!r}; there are {', '.join(get_args(KVMode))}")
     return cast("list[KVMode]", names)
+
+
+def _rows(names: list[str]) -> list[RowsKind]:
+    from aquifer.benchmarks.selection import RowsKind
+
+    for name in names:
+        if name not in get_args(RowsKind):
+            fail(f"no rows {name!r}; there are {', '.join(get_args(RowsKind))}")
+    return cast("list[RowsKind]", names)
 
 
 def _subject(geometry: str, layers: int | None, device: str, weights: Path | None) -> Subject:

@@ -86,3 +86,11 @@ def test_a_part_of_a_segment_is_refused_with_a_message() -> None:
     result = CliRunner().invoke(app, ["bench", "store", "--tokens", "300", "--device", "cpu"])
     assert result.exit_code == 2
     assert "multiple of 256" in result.output
+
+
+def test_several_prompts_are_restored_at_once(bench_once: Callable[..., Any]) -> None:
+    outcome = bench_once(
+        "restore", "--repeat", "1", "--tokens", "512", "--requests", "3", "--peer", "raw-copy"
+    )
+    assert outcome.line["setup"]["requests"] == 3
+    assert outcome.rows["from RAM"]["seconds"] > 0

@@ -1,0 +1,56 @@
+"""The same for recorded steps: one small kernel between ranking and looking rows up. See selection.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from aquifer.compression.spec import SINK_TOKENS
+from aquifer.kernels.triton.lanes import CHOSEN, STEP, TOKENS, WANTED, memory, number
+from aquifer.server.engine import lanes as engine_lanes
+
+
+@triton.jit(do_not_specialize=["layer_at"])  # one program for all layers
+def _impose(
+    lanes: tl.tensor,
+    missed: tl.tensor,
+    layer_at: tl.tensor,
+    steps: tl.tensor,
+    FIRST: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One set of one request."""
+    own_set, request = tl.program_id(0), tl.program_id(1)
+    tokens, count = number(lanes, request, TOKENS), number(lanes, request, WANTED)
+    if tokens > 0:
+        step = number(lanes, request, STEP) % steps
+        share = tl.load(missed + layer_at + own_set * steps + step)
+        if share >= 0:
+            chosen = memory(lanes, request, CHOSEN, tl.int32) + own_set * count
+            width = (tokens - FIRST) // count
+            for at in range(0, count, BLOCK):
+                own = at + tl.arange(0, BLOCK)
+                golden = own.to(tl.float32) * 0.6180339887498949
+                offset = (share + golden - tl.floor(golden)).to(tl.int32) % width
+                tl.store(chosen + own, FIRST + own * width + offset, mask=own < count)
+
+
+@contextmanager
+def imposed_on_lanes(missed: Tensor) -> Iterator[None]:
+    """missed: float32 [L, H, steps], see Rows."""
+    find_rows = engine_lanes.find_rows
+
+    def find_imposed(lanes: Tensor, layer: int, lists: Tensor, *rest: Any, **options: Any) -> Tensor:
+        _, heads, steps = missed.shape
+        grid = (lists.shape[1], len(lanes))
+        _impose[grid](lanes, missed, layer * heads * steps, steps, FIRST=SINK_TOKENS, BLOCK=1024)
+        return find_rows(lanes, layer, lists, *rest, **options)
+
+    with patch.object(engine_lanes, "find_rows", find_imposed):
+        yield
