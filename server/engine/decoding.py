@@ -32,7 +32,7 @@ class Decoding(Protocol):
 
     def take(self, result: Tensor | Choice) -> list[Choice]:
         """The tokens that the step has settled, maybe none. result: logits [R, vocab] on the CPU, R new
-        tokens; or the most likely next token, if the rows asked for no more."""
+        tokens; or the next token, if the rows said how to choose it."""
 
 
 class OneByOne:
@@ -45,7 +45,7 @@ class OneByOne:
         self._sampler = sampler
 
     def rows(self, token_id: int, position: int, remaining: int) -> Rows:
-        return Rows([token_id], position, self._cache, greedy=self._sampler.takes_the_best)
+        return Rows([token_id], position, self._cache, pick=self._sampler.pick)
 
     def take(self, result: Tensor | Choice) -> list[Choice]:
         return [result if isinstance(result, Choice) else self._sampler.choose(result[0])]

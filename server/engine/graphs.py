@@ -18,7 +18,7 @@ from aquifer.kernels.backend import Backend
 from aquifer.server.engine.pages import PagePool, pages_of
 from aquifer.server.engine.parts import EngineParts
 from aquifer.server.engine.runner import FastStep, PagedCache, Rows
-from aquifer.server.engine.sampling import Choice
+from aquifer.server.engine.sampling import Choice, settle
 from aquifer.server.engine.selective import selects_on_device
 from aquifer.server.models.adapter import DecoderAdapter
 
@@ -163,18 +163,18 @@ class GraphedStep:
         return graph
 
     def _read(self, rows: Sequence[Rows]) -> list[Tensor | Choice]:
-        """The most likely token of rows that want no more, the logits [1, vocab] of others."""
-        ids, bits = self._best[:, : len(rows)].cpu()
-        results: list[Tensor | Choice] = [
-            Choice(token, logprob)
-            for token, logprob in zip(ids.tolist(), bits.view(torch.float32).tolist(), strict=True)
-        ]
-        wanted = [number for number, row in enumerate(rows) if not row.greedy]
-        if wanted:
-            logits = self._logits[wanted].cpu()
-            for number, own in zip(wanted, logits.split(1), strict=True):
-                results[number] = own
-        return results
+        """As `ModelRunner.step`."""
+        results: dict[int, Tensor | Choice] = {}
+        greedy = [n for n, row in enumerate(rows) if row.pick and row.pick.temperature == 0.0]
+        if greedy:
+            ids, bits = self._best[:, : len(rows)].cpu()
+            tokens, logprobs = ids.tolist(), bits.view(torch.float32).tolist()
+            results |= {number: Choice(tokens[number], logprobs[number]) for number in greedy}
+        others = [number for number in range(len(rows)) if number not in results]
+        if others:
+            logits = [self._logits[number : number + 1] for number in others]
+            results |= zip(others, settle(logits, [rows[number].pick for number in others]), strict=True)
+        return [results[number] for number in range(len(rows))]
 
 
 class PagedLanes:

@@ -13,7 +13,7 @@ from aquifer.compression.spec import SEGMENT_TOKENS
 from aquifer.kernels.attention import attend, attend_in_pieces, merge_attention
 from aquifer.server.engine.fetch import StoredSegment
 from aquifer.server.engine.pages import BlockTable, PagePool
-from aquifer.server.engine.sampling import Choice
+from aquifer.server.engine.sampling import Choice, Pick, settle
 from aquifer.server.engine.streams import SegmentReader, SegmentSource
 from aquifer.server.models.adapter import DecoderAdapter
 
@@ -53,13 +53,13 @@ class SequenceCache(Protocol):
 class Rows:
     """What one sequence contributes to a pass: new tokens from position `start`, and its cache.
 
-    greedy: whether the most likely next token is all that is asked for.
+    pick: how the next token is chosen, if it is all that is asked for.
     """
 
     token_ids: Sequence[int]
     start: int
     cache: SequenceCache
-    greedy: bool = False
+    pick: Pick | None = None
 
 
 class FastStep(Protocol):
@@ -102,7 +102,7 @@ class ModelRunner:
         """Compute new tokens of many sequences together.
 
         Returns for each sequence, in order, the logits [R, vocab] float32 on the CPU after its R new tokens;
-        or the most likely token, where that is all it asked for and it did not have to be looked for here.
+        or the next token, if it said how to choose it and the device is better at that than the CPU.
         """
         results: dict[int, Tensor | Choice] = {}
         left = list(range(len(rows)))
@@ -112,10 +112,15 @@ class ModelRunner:
                 results |= zip(own, fast.run([rows[number] for number in own]), strict=True)
                 left = [number for number in left if number not in results]
         if left:
-            own_rows = [rows[number] for number in left]
-            logits = self._adapter.logits(self._forward(own_rows)).cpu()
-            results |= zip(left, logits.split([len(row.token_ids) for row in own_rows]), strict=True)
+            results |= zip(left, self._step_plainly([rows[number] for number in left]), strict=True)
         return [results[number] for number in range(len(rows))]
+
+    def _step_plainly(self, rows: Sequence[Rows]) -> list[Tensor | Choice]:
+        logits = self._adapter.logits(self._forward(rows))
+        counts = [len(row.token_ids) for row in rows]
+        if self._adapter.backend.fuses:
+            return settle(logits.split(counts), [row.pick for row in rows])
+        return list(logits.cpu().split(counts))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [N, hidden]. Returns [N, vocab] float32."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,19 @@ from aquifer.server.engine.types import SamplingParams
 class Choice:
     token_id: int
     logprob: float
+
+
+@dataclass(frozen=True)
+class Pick:
+    """All that choosing a token takes besides its logits, so that the device that has them can choose.
+
+    The fields are those of SamplingParams; uniform: gives a number from [0, 1), of the request's generator.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    uniform: Callable[[], float]
 
 
 class Sampler:
@@ -32,9 +45,12 @@ class Sampler:
         self._seen = set(prompt_ids) if params.repetition_penalty != 1.0 else None
 
     @property
-    def takes_the_best(self) -> bool:
-        """Whether `choose` is nothing but taking the most likely token."""
-        return self._params.temperature == 0.0 and self._seen is None
+    def pick(self) -> Pick | None:
+        """How to choose the next token where the logits are; None if that needs to know the tokens before."""
+        if self._seen is not None:
+            return None
+        params = self._params
+        return Pick(params.temperature, params.top_k, params.top_p, self._fine_uniform)
 
     def choose(self, logits: Tensor) -> Choice:
         """logits: [vocab] float32 on the CPU. The log probability is the model's own, before penalty,
@@ -84,6 +100,10 @@ class Sampler:
         """A draw from [0, 1)."""
         return float(torch.rand((), generator=self._generator))
 
+    def _fine_uniform(self) -> float:
+        """A draw from [0, 1), fine enough for the least likely token of a large vocabulary."""
+        return float(torch.rand((), dtype=torch.float64, generator=self._generator))
+
     def _chosen(self, token: int, logits: Tensor) -> Choice:
         if self._seen is not None:
             self._seen.add(token)
@@ -119,3 +139,49 @@ def filtered_probabilities(scores: Tensor, top_k: int, top_p: float) -> Tensor:
         probabilities = probabilities.index_fill(0, cut, 0.0)
         probabilities = probabilities / probabilities.sum()
     return probabilities
+
+
+def settle(logits: Sequence[Tensor], picks: Sequence[Pick | None]) -> list[Tensor | Choice]:
+    """Choose tokens on the device of the logits, which are [R, vocab] float32 for each sequence.
+
+    Returns a choice for each sequence with a pick, whose R is 1, and for others their logits on the CPU.
+    """
+    picked = [(own, pick) for own, pick in zip(logits, picks, strict=True) if pick is not None]
+    whole = [own for own, pick in zip(logits, picks, strict=True) if pick is None]
+    chosen = iter(
+        _picked(torch.cat([own for own, _ in picked]), [pick for _, pick in picked]) if picked else ()
+    )
+    moved = iter(torch.cat(whole).cpu().split([len(own) for own in whole]) if whole else ())
+    return [next(moved) if pick is None else next(chosen) for pick in picks]
+
+
+def _picked(logits: Tensor, picks: Sequence[Pick]) -> list[Choice]:
+    """One token per row, with one wait for the device. logits: [N, vocab]. Draws by inverting the sum of
+    the probabilities, which `Sampler.draw` need not do: the same distribution, other tokens for a seed."""
+    vocabulary = logits.shape[1]
+    numbers = [[p.temperature or 1.0, p.top_p if p.top_p < 1.0 else 2.0, 0.0] for p in picks]
+    for row, pick in zip(numbers, picks, strict=True):
+        if pick.temperature:
+            row[2] = pick.uniform()
+    temperature, top_p, uniform = torch.tensor(numbers, dtype=torch.float64).to(logits.device).T[..., None]
+    scores = logits / temperature.float()
+    kept = [pick.top_k if 0 < pick.top_k < vocabulary else 0 for pick in picks]
+    if any(kept):
+        best = scores.topk(max(kept)).values
+        last = torch.tensor(kept, device=logits.device)[:, None]
+        least = best.gather(1, (last - 1).clamp(min=0)).masked_fill(last == 0, -torch.inf)
+        scores = scores.masked_fill(scores < least, -torch.inf)
+    probabilities, order = torch.softmax(scores, dim=-1), None
+    if any(pick.top_p < 1.0 for pick in picks):
+        probabilities, order = probabilities.sort(descending=True)
+        cut = probabilities.cumsum(1) - probabilities >= top_p
+        cut[:, 0] = False
+        probabilities = probabilities.masked_fill(cut, 0.0)
+    sums = probabilities.double().cumsum(1)
+    place = torch.searchsorted(sums, uniform * sums[:, -1:], right=True).clamp(max=vocabulary - 1)
+    drawn = place if order is None else order.gather(1, place)
+    greedy = torch.tensor([pick.temperature == 0.0 for pick in picks], device=logits.device)[:, None]
+    tokens = torch.where(greedy, logits.argmax(1, keepdim=True), drawn)
+    logprobs = logits.gather(1, tokens) - logits.logsumexp(1, keepdim=True)
+    ids, chances = torch.cat((tokens.double(), logprobs.double()), dim=1).T.tolist()
+    return [Choice(int(token), logprob) for token, logprob in zip(ids, chances, strict=True)]

@@ -19,6 +19,7 @@ from aquifer.server.models.adapter import DecoderAdapter
 ON_GPU = DEVICE.type == "cuda"
 MAX_ROWS = 12
 PAGES = 40
+BEST = Sampler(SamplingParams(), ()).pick
 
 
 class Setting:
@@ -61,7 +62,7 @@ def test_tokens_and_probabilities_equal_those_of_plain_steps(family: str) -> Non
     tokens = list(range(5, 5 + len(lengths)))
     for step in range(8):
         running = [n for n in range(len(lengths)) if n != step % 4]
-        rows = [Rows([tokens[n]], lengths[n], caches[n], greedy=True) for n in running]
+        rows = [Rows([tokens[n]], lengths[n], caches[n], pick=BEST) for n in running]
         expected = [greedy(result) for result in setting.plain.step(rows)]
         found = setting.fast.step(rows)
         for n, one, other in zip(running, found, expected, strict=True):
@@ -75,7 +76,10 @@ def test_rows_that_want_logits_get_theirs() -> None:
     setting = Setting()
     caches = [setting.read(length, length) for length in (300, 40, 600)]
     starts = (300, 40, 600)
-    rows = [Rows([7], at, cache, greedy=at == 40) for at, cache in zip(starts, caches, strict=True)]
+    rows = [
+        Rows([7], at, cache, pick=BEST if at == 40 else None)
+        for at, cache in zip(starts, caches, strict=True)
+    ]
     expected = setting.plain.step(rows)
     found = setting.fast.step(rows)
     assert isinstance(found[1], Choice)
@@ -83,6 +87,28 @@ def test_rows_that_want_logits_get_theirs() -> None:
         assert isinstance(one, Tensor) and isinstance(other, Tensor)
         assert (one.device.type, one.dtype) == ("cpu", torch.float32)
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_sampled_tokens_do_not_depend_on_what_else_is_running_or_on_the_path() -> None:
+    setting = Setting()
+    caches = [setting.read(300 + seed, seed) for seed in range(3)]
+    params = SamplingParams(temperature=0.8, top_p=0.9, top_k=40, seed=5)
+
+    def draw(runner: ModelRunner, among: int) -> list[int]:
+        sampler, found = Sampler(params, ()), []
+        for _ in range(10):
+            rows = [
+                Rows([7], 300 + n, caches[n], pick=sampler.pick if n == 0 else BEST) for n in range(among)
+            ]
+            result = runner.step(rows)[0]
+            assert isinstance(result, Choice)
+            found.append(result.token_id)
+        return found
+
+    alone = draw(setting.fast, 1)
+    assert len(set(alone)) > 1
+    assert draw(setting.fast, 3) == alone
+    assert draw(ModelRunner(setting.step._adapter, setting.pool), 2) == alone
 
 
 def test_rows_that_cannot_be_recorded_are_computed_plainly_beside_the_others() -> None:
@@ -136,7 +162,7 @@ def test_of_equal_logits_the_first_token_is_taken() -> None:
         weight[200:] = weight[:100]
     cache = setting.read(50, 1)
     for token in range(20):
-        (result,) = setting.fast.step([Rows([token], 50, cache, greedy=True)])
+        (result,) = setting.fast.step([Rows([token], 50, cache, pick=BEST)])
         assert isinstance(result, Choice) and result.token_id < 200
 
 

@@ -1,11 +1,12 @@
 """Choosing a token: greedy, cut, penalized, seeded."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 
-from aquifer.server.engine.sampling import Sampler, filtered_probabilities
+from aquifer.server.engine.sampling import Choice, Sampler, filtered_probabilities, settle
 from aquifer.server.engine.types import SamplingParams
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0])
@@ -55,3 +56,43 @@ def test_same_seed_same_tokens_other_seed_other_tokens(temperature: float) -> No
 
     assert draw(3) == draw(3)
     assert draw(3) != draw(4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_k": 3},
+        {"temperature": 1.3, "top_p": 0.8},
+        {"temperature": 1.0, "top_p": 0.9, "top_k": 4},
+    ],
+)
+def test_tokens_picked_beside_others_follow_their_own_distribution(options: dict[str, Any]) -> None:
+    """Many rows of one request, between rows with other parameters."""
+    pick = Sampler(SamplingParams(seed=1, **options), ()).pick
+    others = [Sampler(SamplingParams(temperature=t, top_p=0.5, top_k=2, seed=2), ()).pick for t in (0.0, 2.0)]
+    results = settle([LOGITS[None]] * 4002, [others[0], *[pick] * 4000, others[1]])
+    choices = [result for result in results if isinstance(result, Choice)]
+    counts = Counter(choice.token_id for choice in choices[1:-1])
+    wanted = filtered_probabilities(
+        LOGITS / options["temperature"], options.get("top_k", 0), options.get("top_p", 1.0)
+    )
+    assert set(counts) == set(wanted.nonzero().flatten().tolist())
+    expected = {token: 4000 * float(wanted[token]) for token in counts}
+    # 18.47 is the 0.999 quantile of chi-square with four degrees of freedom; with fewer it is lower.
+    assert sum((counts[t] - e) ** 2 / e for t, e in expected.items()) < 18.47
+    for choice in choices[:50]:
+        assert choice.logprob == pytest.approx(LOGITS.log_softmax(-1)[choice.token_id].item(), abs=1e-5)
+
+
+def test_what_is_picked_greedily_is_the_first_of_equals_and_what_is_not_picked_comes_back_whole() -> None:
+    logits = torch.tensor([[1.0, 2.0, 0.0], [0.0, 3.0, 3.0], [2.0, 0.0, 1.0]])
+    first, second = settle(logits.split([2, 1]), [None, Sampler(SamplingParams(), ()).pick])
+    assert isinstance(first, torch.Tensor) and torch.equal(first, logits[:2])
+    assert isinstance(second, Choice) and second.token_id == 0
+    (tie,) = settle([logits[1:2]], [Sampler(SamplingParams(), ()).pick])
+    assert isinstance(tie, Choice) and tie.token_id == 1
+
+
+def test_a_penalty_cannot_be_picked_from_logits_alone() -> None:
+    assert Sampler(SamplingParams(repetition_penalty=1.1), (1,)).pick is None
