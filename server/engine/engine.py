@@ -15,6 +15,7 @@ from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 import structlog
+import torch
 
 from aquifer.cachestore.keys import PromptKeys, chain_keys, make_namespace
 from aquifer.server.engine.admission import Admission
@@ -161,6 +162,9 @@ class Engine:
         self.store.close()
 
     def _run(self) -> None:
+        device = self._parts.adapter.device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # of this thread: kernels start there
         while not self._closing:
             try:
                 self._obey(wait=self._loop.idle)
