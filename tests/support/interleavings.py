@@ -9,101 +9,45 @@ settle the rest.
 
 from __future__ import annotations
 
-import functools
+import itertools
 import random
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol, Self
 
-from asking import Events, answer, ask, prompt, submit
-from devices import DEVICE
-from tiny_models import build, greedy_reference, tiny_model
-from transformers import PreTrainedModel
+from asking import Events, ask, submit
+from small_machines import LONGEST_ANSWER, PROMPTS, Host, Machine, reference, selective_reference
 
 from aquifer.cachestore.keys import PromptKeys, chain_keys, make_namespace
-from aquifer.cachestore.redis_link import RedisLink
-from aquifer.cachestore.redis_tier import RedisTier
 from aquifer.server.engine.engine import Engine
 from aquifer.server.engine.types import Event, FailedEvent, FinishedEvent, KVMode, TokenEvent
 
-_FAMILIES = ("llama", "qwen2", "qwen3")
-_LONGEST_ANSWER = 8
 _MODES: tuple[KVMode, ...] = ("auto", "resident", "streamed", "verified", "selective")
-_REDIS_RECORD_BYTES = 1 << 20
 _SECONDS = 30.0
 """Without an end after so long, a request hangs."""
 
-_TRUNK = prompt(0, 512)
-_DOCUMENTS = (_TRUNK[:256], _TRUNK, _TRUNK + prompt(1, 270), prompt(2, 530), prompt(3, 90))
-_QUESTIONS = (prompt(4, 1), prompt(5, 20), prompt(6, 130))
-PROMPTS = [document + question for document in _DOCUMENTS for question in _QUESTIONS]
-"""Documents that share their beginnings, some with whole segments only, each with three questions."""
+_SHRINK_SECONDS = 10.0
 
-
-@dataclass(frozen=True)
-class Machine:
-    """The model, and how little there is of everything; see `tiny_models.build`."""
-
-    family: str
-    pages: int
-    index_pages: int
-    slots: int
-    keep: bool
-    streamed_bytes: int | None
-    chunk_tokens: int
-    max_running: int
-    shared_selection: bool
-    with_redis: bool
-
-    @classmethod
-    def draw(cls, dice: random.Random) -> Self:
-        return cls(
-            family=dice.choice(_FAMILIES),
-            pages=dice.randrange(5, 14),
-            index_pages=dice.randrange(9),
-            slots=dice.randrange(4, 12),
-            keep=dice.random() < 0.5,
-            streamed_bytes=dice.choice((0, 1 << 20, None)),
-            chunk_tokens=dice.choice((256, 512)),
-            max_running=dice.choice((1, 3, 8)),
-            shared_selection=dice.random() < 0.3,
-            with_redis=dice.random() < 0.5,
-        )
-
-    def start(self, redis_url: str) -> Engine:
-        redis = None
-        if self.with_redis:
-            link = RedisLink(redis_url, timeout_seconds=5.0)
-            redis = RedisTier(link, max_record_bytes=_REDIS_RECORD_BYTES)
-        return build(
-            _model(self.family),
-            pages=self.pages,
-            index_pages=self.index_pages,
-            slots=self.slots,
-            keep=self.keep,
-            streamed_bytes=self.streamed_bytes,
-            chunk_tokens=self.chunk_tokens,
-            max_running=self.max_running,
-            shared_selection=self.shared_selection,
-            redis=redis,
-        )
+_ONE_ENGINE = 5
+"""Interleavings in a row on one machine, and as far as nothing restarts it, one engine."""
 
 
 @dataclass
 class Run:
-    """One interleaving on its way. prefix: of every salt, so that runs share no record."""
+    """One interleaving on its way."""
 
-    machine: Machine
-    redis_url: str
-    engine: Engine
-    prefix: str
+    host: Host
     counts: Counter[str]
     open: list[tuple[Ask, Events]] = field(default_factory=list)
 
+    @property
+    def engine(self) -> Engine:
+        return self.host.engine
+
     def salt(self, number: int) -> str:
-        return f"{self.prefix}-tenant-{number}"
+        return f"{self.host.name}-tenant-{number}"
 
     def keys(self, number: int, salt: int) -> PromptKeys:
         info = self.engine.info
@@ -124,7 +68,6 @@ class Run:
         assert self.engine.store.ram.open_leases == 0, "leases are open"
         for name, pool in (("device", parts.pool), ("index", parts.index)):
             assert pool.available_pages == pool.num_pages, f"{name} pages are held"
-        self.counts["evicted from ram"] += self.engine.store.ram.stats().evictions
 
 
 @dataclass(frozen=True)
@@ -144,7 +87,7 @@ class Ask:
             number=dice.choice(numbers),
             salt=dice.choice((0, 0, 0, 1)),
             mode=dice.choice(_MODES),
-            new_tokens=dice.choice((0, 1, 4, _LONGEST_ANSWER)),
+            new_tokens=dice.choice((0, 1, 4, LONGEST_ANSWER)),
             store=dice.random() < 0.85,
             cancel_after=dice.choice((None,) * 5 + (1, 3)),
         )
@@ -176,10 +119,11 @@ class Ask:
             run.counts["refused"] += 1
             return
         assert isinstance(end, FinishedEvent)
+        machine = run.host.machine
         if end.kv.mode == "selective":
-            expected = _selective_reference(run.machine.family, self.number, run.machine.shared_selection)
+            expected = selective_reference(machine.family, self.number, machine.shared_selection)
         else:
-            expected = _reference(run.machine.family, self.number)
+            expected = reference(machine.family, self.number)
         tokens = events.tokens
         assert tokens == expected[: len(tokens)], (
             f"{self} in mode {end.kv.mode} with {end.cached} answered {tokens}, not {expected}"
@@ -258,8 +202,7 @@ class Restart:
 
     def do(self, run: Run) -> None:
         run.end()
-        run.engine.close()
-        run.engine = run.machine.start(run.redis_url)
+        run.host.restart()
         run.counts["restarts"] += 1
 
 
@@ -286,91 +229,62 @@ class Interleaving:
         dice = random.Random(number)
         numbers = dice.sample(range(len(PROMPTS)), 3)
         kinds = dice.choices(list(_KINDS), list(_KINDS.values()), k=dice.randrange(6, 13))
-        return cls(Machine.draw(dice), tuple(kind.draw(dice, numbers) for kind in kinds))
+        return cls(_machine(number // _ONE_ENGINE), tuple(kind.draw(dice, numbers) for kind in kinds))
 
-    def run(self, redis_url: str, counts: Counter[str]) -> None:
+    def run(self, host: Host, counts: Counter[str]) -> None:
         """Raises AssertionError where it goes wrong."""
-        engine = self.machine.start(redis_url)
-        run = Run(self.machine, redis_url, engine, f"run-{next(_run_numbers)}", counts)
-        try:
-            for action in self.actions:
-                action.do(run)
-                counts["actions"] += 1
-            run.end()
-        finally:
-            run.engine.close()
+        run = Run(host, counts)
+        for action in self.actions:
+            action.do(run)
+            counts["actions"] += 1
+        run.end()
 
-    def shrunk(self, redis_url: str, attempts: int = 60) -> Interleaving:
-        """As few of the actions as still go wrong. Threads may hide a failure, so each try has three runs."""
-        actions = list(self.actions)
-        at = 0
-        while at < len(actions) and attempts > 0:
-            fewer = Interleaving(self.machine, (*actions[:at], *actions[at + 1 :]))
-            attempts -= 1
+    def failure(self, redis_url: str) -> str | None:
+        """What goes wrong on an engine of its own, if anything does."""
+        with Host(self.machine, redis_url).open() as host:
+            try:
+                self.run(host, Counter())
+            except AssertionError as error:
+                return str(error)
+        return None
+
+    def shrunk(self, redis_url: str) -> Self:
+        """As few of the actions as still go wrong, if found in time. Threads may hide a failure, so each try
+        has three runs."""
+        actions, at = list(self.actions), 0
+        deadline = time.monotonic() + _SHRINK_SECONDS
+        while at < len(actions) and time.monotonic() < deadline:
+            fewer = replace(self, actions=(*actions[:at], *actions[at + 1 :]))
             if any(fewer.failure(redis_url) for _ in range(3)):
                 actions, at = list(fewer.actions), 0
             else:
                 at += 1
-        return Interleaving(self.machine, tuple(actions))
-
-    def failure(self, redis_url: str) -> str | None:
-        """What goes wrong, if anything does."""
-        try:
-            self.run(redis_url, Counter())
-        except AssertionError as error:
-            return str(error)
-        return None
+        return replace(self, actions=tuple(actions))
 
 
 def check_interleavings(numbers: Sequence[int], redis_url: str) -> Counter[str]:
     """Run these interleavings. Raises AssertionError with the shortest form of the first that goes wrong."""
     counts: Counter[str] = Counter()
-    for number in numbers:
-        interleaving = Interleaving.numbered(number)
-        try:
-            interleaving.run(redis_url, counts)
-        except AssertionError as error:
-            shortest = interleaving.shrunk(redis_url)
-            lines = "\n  ".join(map(repr, (shortest.machine, *shortest.actions)))
-            message = f"interleaving {number} goes wrong: {error}\nshortest form that does:\n  {lines}"
-            raise AssertionError(message) from error
-        counts["interleavings"] += 1
+    for block, some in itertools.groupby(numbers, lambda number: number // _ONE_ENGINE):
+        with Host(_machine(block), redis_url).open() as host:
+            for number in some:
+                interleaving = Interleaving.numbered(number)
+                try:
+                    interleaving.run(host, counts)
+                except AssertionError as error:
+                    raise AssertionError(_report(number, interleaving, error, redis_url)) from error
+                counts["interleavings"] += 1
+        counts["evicted from ram"] += host.evictions
     return counts
 
 
-def _count() -> Iterator[int]:
-    number = random.SystemRandom().randrange(1 << 30)  # several processes may share one Redis
-    while True:
-        yield number
-        number += 1
+def _machine(block: int) -> Machine:
+    return Machine.draw(random.Random(f"machine {block}"))
 
 
-_run_numbers = _count()
-
-
-@functools.cache
-def _model(family: str) -> PreTrainedModel:
-    # On CUDA with heads of a width that its kernels know, so that it is them who are tested.
-    return tiny_model(family, num_hidden_layers=2, head_dim=64 if DEVICE.type == "cuda" else 16)
-
-
-@functools.cache
-def _reference(family: str, number: int) -> list[int]:
-    return greedy_reference(_model(family), PROMPTS[number], _LONGEST_ANSWER)
-
-
-@functools.cache
-def _selective_reference(family: str, number: int, shared: bool) -> list[int]:
-    """What an engine answers that does nothing else and never did: rows are rounded to 4 bits, so plain
-    `generate` is not the measure even where every token is selected."""
-    with _quiet_engine(family, shared) as engine:
-        return answer(engine, ask(PROMPTS[number], _LONGEST_ANSWER, mode="selective", budget=1.0))[0]
-
-
-@contextmanager
-def _quiet_engine(family: str, shared: bool) -> Iterator[Engine]:
-    engine = build(_model(family), keep=False, shared_selection=shared)
-    try:
-        yield engine
-    finally:
-        engine.close()
+def _report(number: int, interleaving: Interleaving, error: AssertionError, redis_url: str) -> str:
+    shortest, how = interleaving, "not by itself, but behind those that ran on its engine before:"
+    if any(interleaving.failure(redis_url) for _ in range(3)):
+        shortest, how = interleaving.shrunk(redis_url), "shortest form that does:"
+    lines = "\n  ".join([how, *map(repr, (shortest.machine, *shortest.actions))])
+    return f"interleaving {number} goes wrong: {error}\n{lines}"

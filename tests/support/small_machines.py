@@ -1,0 +1,137 @@
+"""Machines too small for their work, the prompts that they are asked, and what the right answers are."""
+
+from __future__ import annotations
+
+import functools
+import random
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Self
+
+from asking import answer, ask, prompt
+from devices import DEVICE
+from tiny_models import build, greedy_reference, tiny_model
+from transformers import PreTrainedModel
+
+from aquifer.cachestore.redis_link import RedisLink
+from aquifer.cachestore.redis_tier import RedisTier
+from aquifer.server.engine.engine import Engine
+
+LONGEST_ANSWER = 8
+
+_FAMILIES = ("llama", "qwen2", "qwen3")
+_REDIS_RECORD_BYTES = 1 << 20
+
+_TRUNK = prompt(0, 512)
+_DOCUMENTS = (_TRUNK[:256], _TRUNK, _TRUNK + prompt(1, 270), prompt(2, 530), prompt(3, 90))
+_QUESTIONS = (prompt(4, 1), prompt(5, 20), prompt(6, 130))
+PROMPTS = [document + question for document in _DOCUMENTS for question in _QUESTIONS]
+"""Documents that share their beginnings, some with whole segments only, each with three questions."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The model, and how little there is of everything; see `tiny_models.build`."""
+
+    family: str
+    pages: int
+    index_pages: int
+    slots: int
+    keep: bool
+    streamed_bytes: int | None
+    chunk_tokens: int
+    max_running: int
+    shared_selection: bool
+    with_redis: bool
+
+    @classmethod
+    def draw(cls, dice: random.Random) -> Self:
+        return cls(
+            family=dice.choice(_FAMILIES),
+            pages=dice.randrange(5, 14),
+            index_pages=dice.randrange(9),
+            slots=dice.randrange(4, 12),
+            keep=dice.random() < 0.5,
+            streamed_bytes=dice.choice((0, 1 << 20, None)),
+            chunk_tokens=dice.choice((256, 512)),
+            max_running=dice.choice((1, 3, 8)),
+            shared_selection=dice.random() < 0.3,
+            with_redis=dice.random() < 0.5,
+        )
+
+    def start(self, redis_url: str) -> Engine:
+        redis = None
+        if self.with_redis:
+            link = RedisLink(redis_url, timeout_seconds=5.0)
+            redis = RedisTier(link, max_record_bytes=_REDIS_RECORD_BYTES)
+        return build(
+            _model(self.family),
+            pages=self.pages,
+            index_pages=self.index_pages,
+            slots=self.slots,
+            keep=self.keep,
+            streamed_bytes=self.streamed_bytes,
+            chunk_tokens=self.chunk_tokens,
+            max_running=self.max_running,
+            shared_selection=self.shared_selection,
+            redis=redis,
+        )
+
+
+class Host:
+    """A machine and the engine that runs on it."""
+
+    def __init__(self, machine: Machine, redis_url: str) -> None:
+        self.machine = machine
+        self.name = f"host-{uuid.uuid4().hex[:8]}"
+        """Begins every salt, so that hosts share no record, wherever they run."""
+        self.evictions = 0
+        """From the RAM tiers of engines that ended."""
+        self._redis_url = redis_url
+        self.engine = machine.start(redis_url)
+
+    def restart(self) -> None:
+        """As a service that ends and starts again: only Redis remembers."""
+        self._close()
+        self.engine = self.machine.start(self._redis_url)
+
+    @contextmanager
+    def open(self) -> Iterator[Self]:
+        try:
+            yield self
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        self.evictions += self.engine.store.ram.stats().evictions
+        self.engine.close()
+
+
+@functools.cache
+def _model(family: str) -> PreTrainedModel:
+    # On CUDA with heads of a width that its kernels know, so that it is them who are tested.
+    return tiny_model(family, num_hidden_layers=2, head_dim=64 if DEVICE.type == "cuda" else 16)
+
+
+@functools.cache
+def reference(family: str, number: int) -> list[int]:
+    return greedy_reference(_model(family), PROMPTS[number], LONGEST_ANSWER)
+
+
+@functools.cache
+def selective_reference(family: str, number: int, shared: bool) -> list[int]:
+    """What an engine answers that does nothing else and never did: rows are rounded to 4 bits, so plain
+    `generate` is not the measure even where every token is selected."""
+    with _quiet_engine(family, shared) as engine:
+        return answer(engine, ask(PROMPTS[number], LONGEST_ANSWER, mode="selective", budget=1.0))[0]
+
+
+@contextmanager
+def _quiet_engine(family: str, shared: bool) -> Iterator[Engine]:
+    engine = build(_model(family), keep=False, shared_selection=shared)
+    try:
+        yield engine
+    finally:
+        engine.close()
