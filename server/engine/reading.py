@@ -111,7 +111,7 @@ class PromptReader:
             # Reading the logits also waits for the device, so the chunk's time below is its own.
             logits = self._runner.logits(hidden[-1:]).cpu()
         elif hidden.is_cuda:
-            torch.cuda.synchronize(hidden.device)
+            torch.cuda.current_stream(hidden.device).synchronize()  # encoding goes on beside it
         seconds = time.perf_counter() - started
         state.prefill_seconds += seconds
         if logits is None:
