@@ -80,8 +80,12 @@ def hf_prefill(subject: Subject, model: PreTrainedModel, tokens: int) -> Run:
     return clocked_fresh(subject.device, prepare)
 
 
-def hf_decode(peer: PeerName, subject: Subject, model: PreTrainedModel, tokens: int, steps: int) -> Run:
-    """Seconds of one decode step behind `tokens` tokens of context, the mean of `steps`."""
+def hf_decode(
+    peer: PeerName, subject: Subject, model: PreTrainedModel, tokens: int, steps: int, batch: int = 1
+) -> Run:
+    """Seconds of one decode step behind `tokens` tokens of context, the mean of `steps`.
+
+    batch: contexts, all of them answered in one step."""
     cache: Any
     if peer == "hf-quanto":
         cache = QuantizedCache("quanto", model.config, nbits=QUANTO_BITS)
@@ -89,8 +93,8 @@ def hf_decode(peer: PeerName, subject: Subject, model: PreTrainedModel, tokens: 
         cache = StaticCache(config=model.config, max_cache_len=tokens + max(steps, WARM_UP_STEPS))
     else:
         cache = DynamicCache(config=model.config, offloading=peer == "hf-offloaded")
-    _fill(cache, subject, tokens)
-    step = _captured_step(model, cache) if peer == "hf-static-graph" else _step(model, cache)
+    _fill(cache, subject, tokens, batch)
+    step = (_captured_step if peer == "hf-static-graph" else _step)(model, cache, batch)
 
     @torch.inference_mode()
     def work() -> None:
@@ -136,11 +140,11 @@ def why_not(peer: str, device: torch.device) -> str | None:
     return None
 
 
-def _fill(cache: Any, subject: Subject, tokens: int) -> None:
+def _fill(cache: Any, subject: Subject, tokens: int, batch: int) -> None:
     """Random keys and values of `tokens` tokens in every layer."""
     spec = subject.spec
     for layer in range(spec.num_layers):
-        shape = (1, spec.num_kv_heads, tokens, spec.head_dim)
+        shape = (batch, spec.num_kv_heads, tokens, spec.head_dim)
         keys, values = (torch.randn(shape, dtype=spec.dtype, device=subject.device) for _ in range(2))
         cache.update(keys, values, layer)
 
@@ -152,8 +156,8 @@ def _rewind(cache: StaticCache, tokens: int) -> None:
         layer.cumulative_length.fill_(tokens)
 
 
-def _step(model: PreTrainedModel, cache: Any) -> Callable[[], Tensor]:
-    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+def _step(model: PreTrainedModel, cache: Any, batch: int) -> Callable[[], Tensor]:
+    token = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
 
     def step() -> Tensor:
         logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
@@ -163,9 +167,9 @@ def _step(model: PreTrainedModel, cache: Any) -> Callable[[], Tensor]:
     return step
 
 
-def _captured_step(model: PreTrainedModel, cache: Any) -> Callable[[], Tensor]:
+def _captured_step(model: PreTrainedModel, cache: Any, batch: int) -> Callable[[], Tensor]:
     """The same step as a CUDA graph. The cache counts its tokens on the device, so replays move on."""
-    step = _step(model, cache)
+    step = _step(model, cache, batch)
     with torch.inference_mode():
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())

@@ -127,7 +127,7 @@ def decode(
     layers: Layers = None,
     codec: Codec = "aqua:2",
     tokens: Tokens = 8192,
-    batch: Annotated[int, typer.Option(min=1, help="sequences that decode together (peers: one)")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="sequences that decode together")] = 1,
     new_tokens: NewTokens = 32,
     mode: Modes = ["resident"],  # noqa: B006
     budget: Budget = None,

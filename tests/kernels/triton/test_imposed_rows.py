@@ -1,0 +1,47 @@
+"""The kernel by which benchmarks decide what recorded steps choose; see aquifer.benchmarks.selection."""
+
+from typing import get_args
+
+import torch
+
+from aquifer.benchmarks.selection import Rows, RowsKind
+from aquifer.benchmarks.selection_cuda import imposed_on_lanes
+from aquifer.compression.spec import KVSpec
+from aquifer.kernels.triton.lanes import NOBODY, Lane
+from aquifer.server.engine import lanes as engine_lanes
+
+SPEC = KVSpec(num_layers=2, num_kv_heads=2, head_dim=16, dtype=torch.float32, rope="")
+SINKS = 4
+
+
+def test_the_kernel_chooses_what_the_row_cache_is_told_elsewhere(
+    device: torch.device, launched: list[str]
+) -> None:
+    lists = torch.zeros(2, 2, 64, dtype=torch.int32, device=device)
+    counters = torch.zeros(2, dtype=torch.int64, device=device)
+    rows, own = Rows(SPEC, device), torch.arange(SINKS, SINKS + 30, device=device).expand(2, -1)
+    fetched = {}
+    with imposed_on_lanes(rows._missed):
+        for kind in get_args(RowsKind):
+            rows.use(kind)
+            counters.zero_()
+            lane = Lane(
+                *([2, 0, 1], [5, 1], [3, 2]),
+                layers=2,
+                sets=2,
+                num_q_heads=2,
+                wanted=30,
+                slots=120,
+                device=device,
+            )
+            for step in range(1, 7):
+                for layer in range(2):
+                    lane.chosen.copy_(own)
+                    table = torch.tensor([NOBODY, lane.row(step, 3)], device=device)
+                    engine_lanes.find_rows(table, layer, lists, counters, sinks=SINKS)
+                    expected = rows._impose(own - SINKS, 3 * 256 - SINKS, layer, step) + SINKS
+                    assert lane.chosen.tolist() == expected.tolist()
+            fetched[kind] = int(counters[1])
+    assert fetched["own"] == 2 * 2 * 30, "only its first step finds nothing"
+    assert fetched["own"] < fetched["trace"] < fetched["misses"] == 6 * 2 * 2 * 30
+    assert set(launched) == {"_impose", "_find_rows"}
