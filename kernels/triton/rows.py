@@ -135,7 +135,7 @@ def _find_rows(
 
 
 def find_rows(
-    lanes: Tensor, layer: int, lists: Tensor, counters: Tensor, *, sinks: int, block: int = 2048
+    lanes: Tensor, layer: int, lists: Tensor, counters: Tensor, *, sinks: int, block: int = 4096
 ) -> Tensor:
     """Give every chosen token of one layer a slot: the one its row is in, or else that of the row that was
     wanted least recently, the first such slot first.
@@ -144,7 +144,7 @@ def find_rows(
         fetched: missing and targets
     lists: int32 [B, S, W]; slots of the pool are written behind sinks and tail, in the order of the tokens
     counters: int64 [2]; grows by the numbers of chosen and of missing tokens, summed over sets
-    sinks: how many there are. block: tokens or slots per turn. The default is to be measured.
+    sinks: how many there are. block: tokens or slots per turn
     Returns int32 [B, S]: how many are missing.
     """
     requests, sets, _ = lists.shape

@@ -19,13 +19,13 @@ from aquifer.kernels.triton.checks import expect, expect_power_of_two
 from aquifer.kernels.triton.landmarks import MAX_PARTS
 from aquifer.kernels.triton.lanes import CHOSEN, FIELDS, KEYS, SCORES, TOKENS, WANTED, memory, number
 
-PROGRAMS = 264
-"""What the number of chunks aims at: twice the multiprocessors of an H200."""
+PROGRAMS = 1056
+"""What the number of chunks aims at: eight per multiprocessor of an H200, as histograms are slow to begin."""
 
 MAX_CHUNKS = 32
 """The last kernel reads the histograms of all chunks at once."""
 
-UNIT = tl.constexpr(1024)
+UNIT = tl.constexpr(2048)
 """Chunks are cut at multiples of so many tokens, in all three kernels."""
 
 RESOLUTION = tl.constexpr(512.0)
@@ -187,7 +187,7 @@ def select_tokens(
     partial_lse: float32 [B, Hq, parts], as `score_landmarks` returns it
     sets: S, a divisor of Hq
     first: tokens at the start of every request that are not to be chosen (sinks)
-    block_tokens: per turn of a program, a divisor of 1024. The default is to be measured.
+    block_tokens: per turn of a program, a divisor of 2048
     chunks: programs per request and set, at most 32; by default so many that the device is full
     Twin: aquifer.kernels.landmarks.select_tokens, up to the rounding of ranks.
     """

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from aquifer.server.engine.runner import Rows, SequenceCache
@@ -71,7 +72,7 @@ class Verified:
         self._eos, self._metrics = eos_token_ids, metrics
         self._length = DraftLength()
         self._tokens: list[int] = []
-        self._proposals: list[Tensor] = []
+        self._proposals: list[Tensor | None] = []  # None: all of it on the drafted token
         self._checking = False
 
     def rows(self, token_id: int, position: int, remaining: int) -> Rows:
@@ -81,15 +82,30 @@ class Verified:
         self._checking = len(self._tokens) >= wanted or ended
         if self._checking:
             return Rows([token_id, *self._tokens], position, self._exact)
-        return Rows([[token_id, *self._tokens][-1]], position + len(self._tokens), self._cheap)
+        # A draft that was drawn needs the probabilities it was drawn by; the best token needs none.
+        pick = self._sampler.pick
+        best = pick if pick is not None and pick.temperature == 0.0 else None
+        last = [token_id, *self._tokens][-1]
+        return Rows([last], position + len(self._tokens), self._cheap, pick=best)
 
     def take(self, result: Tensor | Choice) -> list[Choice]:
-        assert isinstance(result, Tensor)  # its rows ask for logits
         if not self._checking:
-            self._proposals.append(self._sampler.distribution(result[0], self._tokens))
-            self._tokens.append(self._sampler.draw(self._proposals[-1]))
+            if isinstance(result, Choice):
+                self._proposals.append(None)
+                self._tokens.append(result.token_id)
+                return []
+            proposal = self._sampler.distribution(result[0], self._tokens)
+            self._proposals.append(proposal)
+            self._tokens.append(self._sampler.draw(proposal))
             return []
-        choices = self._sampler.accept(self._tokens, self._proposals, result)
+        assert isinstance(result, Tensor)  # a check asks for logits
+        proposals = [
+            torch.zeros_like(result[0]).index_fill_(0, torch.tensor(token), 1.0)
+            if proposal is None
+            else proposal
+            for token, proposal in zip(self._tokens, self._proposals, strict=True)
+        ]
+        choices = self._sampler.accept(self._tokens, proposals, result)
         drafted, accepted = len(self._tokens), len(choices) - 1
         self._length.saw(accepted, drafted)
         self.drafts = self.drafts.plus(drafted, accepted)

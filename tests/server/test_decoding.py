@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aquifer.server.engine.decoding import MAX_DRAFTS, DraftLength, Verified
 from aquifer.server.engine.runner import CachePass
-from aquifer.server.engine.sampling import Sampler
+from aquifer.server.engine.sampling import Sampler, settle
 from aquifer.server.engine.types import SamplingParams
 from aquifer.server.metrics import Metrics
 
@@ -38,8 +38,11 @@ def chi_square(observed: Sequence[int], expected: Sequence[float]) -> float:
     return float(torch.special.gammaincc(freedom, torch.tensor(statistic / 2, dtype=torch.float64)))
 
 
-def generate(exact: Tensor, drafting: Tensor, params: SamplingParams, count: int) -> list[int]:
-    """`count` tokens after token 0 by verified decoding."""
+def generate(
+    exact: Tensor, drafting: Tensor, params: SamplingParams, count: int, *, on_device: bool = False
+) -> list[int]:
+    """`count` tokens after token 0 by verified decoding. on_device: rows that say how to choose their next
+    token get it, rather than logits."""
     cheap, whole = Place(), Place()
     decoding = Verified(cheap, whole, Sampler(params, (0,)), frozenset(), Metrics())
     tokens = [0]
@@ -47,7 +50,8 @@ def generate(exact: Tensor, drafting: Tensor, params: SamplingParams, count: int
         rows = decoding.rows(tokens[-1], len(tokens) - 1, count + 1 - len(tokens))
         assert rows.start + len(rows.token_ids) <= count + 1
         logits = (exact if rows.cache is whole else drafting)[torch.tensor(list(rows.token_ids))]
-        tokens += [choice.token_id for choice in decoding.take(logits)]
+        (result,) = settle([logits], [rows.pick if on_device else None])
+        tokens += [choice.token_id for choice in decoding.take(result)]
     return tokens[1 : count + 1]
 
 
@@ -91,6 +95,7 @@ def test_greedy_tokens_are_those_of_the_exact_model() -> None:
         token = int(exact[token].argmax())
         expected.append(token)
     assert generate(exact, drafting, SamplingParams(), 40) == expected
+    assert generate(exact, drafting, SamplingParams(), 40, on_device=True) == expected
 
 
 def test_the_penalty_counts_drafted_tokens_like_chosen_ones() -> None:
@@ -118,7 +123,10 @@ def test_distributions_that_differ_by_rounding_only_can_be_rejected_and_redrawn(
 def test_one_seed_draws_the_same_tokens_again() -> None:
     exact, drafting = models(1.0)
     params = SamplingParams(temperature=1.0, seed=5)
-    assert generate(exact, drafting, params, 30) == generate(exact, drafting, params, 30)
+    tokens = generate(exact, drafting, params, 30)
+    assert generate(exact, drafting, params, 30) == tokens
+    # A draft that is drawn is never left to the device: the check needs the probabilities it was drawn by.
+    assert generate(exact, drafting, params, 30, on_device=True) == tokens
 
 
 def test_drafting_adapts_to_what_is_accepted() -> None:

@@ -1,0 +1,42 @@
+"""Selective and verified decoding by recorded steps, in a whole engine on a GPU."""
+
+from collections.abc import Callable
+
+import pytest
+from asking import answer, ask, prompt
+from tiny_models import DEVICE, greedy_reference, tiny_model
+
+from aquifer.server.engine import graphs, selective
+from aquifer.server.engine.engine import Engine
+
+pytestmark = pytest.mark.skipif(DEVICE.type != "cuda", reason="steps are recorded on a CUDA device")
+
+MakeEngine = Callable[..., Engine]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_answers_equal_those_of_plain_selective_decoding(
+    shared: bool, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama", head_dim=64)
+    recorded = make_engine(model, shared_selection=shared)
+    assert selective.selects_on_device(recorded._parts)
+    for module in (graphs, selective):
+        monkeypatch.setattr(module, "selects_on_device", lambda parts: False)
+    plain = make_engine(model, shared_selection=shared)
+    asked = [(prompt(seed, length), budget) for seed, length, budget in ((1, 700, 1.0), (2, 1300, 0.3))]
+    expected = [answer(plain, ask(ids, 8, mode="selective", budget=budget))[0] for ids, budget in asked]
+    monkeypatch.undo()
+    found = [answer(recorded, ask(ids, 8, mode="selective", budget=budget))[0] for ids, budget in asked]
+    assert found == expected
+    again = [answer(recorded, ask(ids, 8, mode="selective", budget=budget))[0] for ids, budget in asked]
+    assert again == expected
+
+
+def test_verified_answers_equal_those_of_generate(make_engine: MakeEngine) -> None:
+    model = tiny_model("llama", head_dim=64)
+    engine = make_engine(model, pages=30, keep=False)
+    ids = prompt(3, 1300)
+    tokens, last = answer(engine, ask(ids, 20, mode="verified"))
+    assert tokens == greedy_reference(model, ids, 20)
+    assert last.drafts is not None and last.drafts.accepted > 0
