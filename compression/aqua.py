@@ -14,16 +14,17 @@ Source: AQUA-KV, arXiv 2501.19392.
 
 from collections.abc import Sequence
 from functools import cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from aquifer.compression.chain import Codes, Half, HalfCoder, LayerCoder
+from aquifer.compression.chain import ChainCodec, Codes, Half, HalfCoder, LayerCoder, SegmentDecoder
 from aquifer.compression.fingerprint import fingerprint
 from aquifer.compression.gaussian import grid_digest, load_grid
 from aquifer.compression.predictors import Predictors
 from aquifer.compression.raw import check_kv
-from aquifer.compression.spec import KVSpec
+from aquifer.compression.spec import Encoded, KVSpec
 from aquifer.kernels.hadamard import Rotation, hadamard_group
 from aquifer.kernels.higgs import Quantizer
 
@@ -40,6 +41,9 @@ CPU_BLOCK_VALUES = 1 << 19
 
 class AquaCodec:
     """aqua:b with predictors, higgs:b without."""
+
+    arithmetic: ClassVar[str | None] = None
+    """Named where it rounds otherwise than here, because then its segments are of no use here."""
 
     def __init__(
         self,
@@ -63,13 +67,21 @@ class AquaCodec:
             signs=SIGNS_SEED,
             codec_dtype=str(codec_dtype),
             predictors=predictors.hash if predictors else None,
+            **({"arithmetic": self.arithmetic} if self.arithmetic else {}),
         )
 
+    @property
+    def chain(self) -> ChainCodec | None:
+        return None
+
     def layer_bytes(self, layer: int, num_tokens: int) -> int:
-        return -(-sum(self._part_bytes(layer, num_tokens)) // LAYER_ALIGNMENT) * LAYER_ALIGNMENT
+        return -(-sum(self.part_bytes(layer, num_tokens)) // LAYER_ALIGNMENT) * LAYER_ALIGNMENT
 
     def segment_bytes(self, num_tokens: int) -> int:
         return sum(self.layer_bytes(layer, num_tokens) for layer in range(self.spec.num_layers))
+
+    def encode_unchecked(self, keys: Tensor, values: Tensor, counts: Sequence[int]) -> Encoded:
+        return Encoded(self.encode(keys, values, counts))
 
     def encode(self, keys: Tensor, values: Tensor, counts: Sequence[int]) -> list[Tensor]:
         check_kv(self.spec, keys, values, counts)
@@ -81,18 +93,18 @@ class AquaCodec:
             split_parts = zip(*(part.split(list(counts)) for part in parts), strict=True)
             for segment, tokens, own_parts in zip(pieces, counts, split_parts, strict=True):
                 segment += [part.flatten() for part in own_parts]
-                padding = self.layer_bytes(layer, tokens) - sum(self._part_bytes(layer, tokens))
+                padding = self.layer_bytes(layer, tokens) - sum(self.part_bytes(layer, tokens))
                 segment.append(torch.zeros(padding, dtype=torch.uint8, device=keys.device))
         return [torch.cat(segment) for segment in pieces]
 
-    def decoder(self, counts: Sequence[int], device: torch.device) -> "AquaDecoder":
+    def decoder(self, counts: Sequence[int], device: torch.device) -> SegmentDecoder:
         return AquaDecoder(self, counts, self.new_state(sum(counts), device))
 
     def split_layer(self, layer: int, slices: Sequence[Tensor], counts: Sequence[int]) -> tuple[Codes, Codes]:
         """The codes of keys and of values of one layer, for the tokens of all segments."""
         parts = []
         for piece, tokens in zip(slices, counts, strict=True):
-            sizes = self._part_bytes(layer, tokens)
+            sizes = self.part_bytes(layer, tokens)
             parts.append(piece[: sum(sizes)].split(sizes))
         columns = [torch.cat(column).view(sum(counts), -1) for column in zip(*parts, strict=True)]
         key_codes, value_codes, key_scales, value_scales = columns
@@ -104,7 +116,7 @@ class AquaCodec:
 
     def _encode_layer(self, layer: int, state: Tensor, target: tuple[Tensor, Tensor]) -> list[Tensor]:
         """Codes and scales of one layer as bytes [T, ...], in the order of the layout."""
-        widths = [size // len(state) for size in self._part_bytes(layer, len(state))]
+        widths = [size // len(state) for size in self.part_bytes(layer, len(state))]
         parts = [torch.empty(len(state), width, dtype=torch.uint8, device=state.device) for width in widths]
         for rows in row_blocks(state):
             for half, coder in zip(Half, self.coders[layer], strict=True):
@@ -114,7 +126,8 @@ class AquaCodec:
                 parts[2 + half][rows] = scales.view(torch.uint8)
         return parts
 
-    def _part_bytes(self, layer: int, num_tokens: int) -> list[int]:
+    def part_bytes(self, layer: int, num_tokens: int) -> list[int]:
+        """Sizes of the codes of keys and values and of their scales, as they follow each other."""
         codes = num_tokens * self.coders[layer][0].quantizer.code_bytes(self.spec.channels)
         scales = num_tokens * (self.spec.channels // self.rotation.group) * SCALE_BYTES
         return [codes, codes, scales, scales]

@@ -11,8 +11,10 @@ The paper predicts keys from keys alone; the values of the layer before cut thei
 too, errors do not build up. GEMMs accumulate in float32, and the sum is rounded to the codec dtype once.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -75,3 +77,53 @@ class HalfCoder:
 
 LayerCoder = tuple[HalfCoder, HalfCoder]
 """Keys and values of one layer, to be coded in this order."""
+
+
+class SegmentDecoder(Protocol):
+    """Decodes several segments, not necessarily neighbours, side by side and layer by layer."""
+
+    def decode_layer(self, slices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Reconstruct the next layer; called for layers 0 to L-1 in order.
+
+        slices[i]: uint8 [layer_bytes(layer, counts[i])], on the device of the decoder.
+        Returns pre-RoPE keys and values [T, C], T = sum(counts), in the codec's dtype ("raw": the model's);
+        they may be views of one tensor.
+        """
+        ...
+
+
+class ChainDecoder(Protocol):
+    """The chain over the layers of several segments on a device with kernels for it.
+
+    Layers are decoded in order, each in steps that may run on different queues of the device:
+
+        advance   moves the state on, keys first; values only after `emit` of the layer before
+        emit      writes keys and values to where attention reads them; after `advance`
+    """
+
+    @property
+    def buffers(self) -> Sequence[Tensor]:
+        """All device memory that the steps share."""
+        ...
+
+    def advance(self, layer: int, half: Half, data: Tensor) -> None:
+        """data: uint8, the layer's slices of all segments end to end."""
+        ...
+
+    def emit(
+        self, layer: int, rope: tuple[Tensor, Tensor], slots: Tensor, keys: Tensor, values: Tensor
+    ) -> None:
+        """rope: cos and sin [T, D]; slots: int64 [T]; keys (after RoPE), values: [H, slots, D]."""
+        ...
+
+
+class ChainCodec(Protocol):
+    """A codec with kernels for a device."""
+
+    def chain_decoder(self, counts: Sequence[int], device: torch.device) -> ChainDecoder:
+        """For segments of counts[i] tokens."""
+        ...
+
+    def chain_bytes(self, tokens: int) -> int:
+        """Device memory that a decoder of so many tokens takes."""
+        ...

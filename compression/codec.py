@@ -7,22 +7,10 @@ import torch
 from torch import Tensor
 
 from aquifer.compression.aqua import AquaCodec
+from aquifer.compression.chain import ChainCodec, SegmentDecoder
 from aquifer.compression.predictors import Predictors
 from aquifer.compression.raw import RawCodec
-from aquifer.compression.spec import KVSpec
-
-
-class SegmentDecoder(Protocol):
-    """Decodes several segments, not necessarily neighbours, side by side and layer by layer."""
-
-    def decode_layer(self, slices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Reconstruct the next layer; called for layers 0 to L-1 in order.
-
-        slices[i]: uint8 [layer_bytes(layer, counts[i])], on the device of the decoder.
-        Returns pre-RoPE keys and values [T, C], T = sum(counts), in the codec's dtype ("raw": the model's);
-        they may be views of one tensor.
-        """
-        ...
+from aquifer.compression.spec import Encoded, KVSpec
 
 
 class Codec(Protocol):
@@ -62,8 +50,17 @@ class Codec(Protocol):
         """
         ...
 
+    def encode_unchecked(self, keys: Tensor, values: Tensor, counts: Sequence[int]) -> Encoded:
+        """`encode` that does not wait for a device to say whether all values are finite."""
+        ...
+
     def decoder(self, counts: Sequence[int], device: torch.device) -> SegmentDecoder:
         """A decoder for segments of counts[i] tokens whose bytes are on `device`."""
+        ...
+
+    @property
+    def chain(self) -> ChainCodec | None:
+        """How to decode faster than with `decoder`, on a device that this codec has kernels for."""
         ...
 
 
@@ -100,4 +97,9 @@ def make_codec(
             f"predictors for {predictors.num_layers} layers of {predictors.channels} channels do not fit "
             f"{spec.num_layers} layers of {spec.channels}: calibrate this model with `aquifer calibrate`"
         )
+    if device.type == "cuda":
+        from aquifer.compression.fused import FusedAquaCodec, fits
+
+        if fits(spec, codec_dtype):
+            return FusedAquaCodec(spec, int(bits), predictors, device=device, codec_dtype=codec_dtype)
     return AquaCodec(spec, int(bits), predictors, device=device, codec_dtype=codec_dtype)

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from aquifer.compression.fingerprint import fingerprint
-from aquifer.compression.spec import KVSpec
+from aquifer.compression.spec import Encoded, KVSpec
 
 
 class RawCodec:
     """Bit-exact storage of pre-RoPE keys and values. A layer is K [T, C], then V [T, C]."""
 
     name = "raw"
+    chain = None
 
     def __init__(self, spec: KVSpec) -> None:
         self.spec = spec
@@ -29,6 +30,13 @@ class RawCodec:
         rows = torch.stack((keys, values), dim=1).to(self.spec.dtype)
         segments = rows.split(list(counts), dim=2)
         return [segment.contiguous().view(torch.uint8).flatten() for segment in segments]
+
+    def encode_unchecked(self, keys: Tensor, values: Tensor, counts: Sequence[int]) -> Encoded:
+        return Encoded(self.encode(keys, values, counts))
+
+    def rows(self, segment: Tensor) -> Tensor:
+        """All layers of a segment at once: keys and values [L, 2, T, C], a view of its bytes."""
+        return segment.view(self.spec.dtype).view(self.spec.num_layers, 2, -1, self.spec.channels)
 
     def decoder(self, counts: Sequence[int], device: torch.device) -> "RawDecoder":
         return RawDecoder(self.spec, counts)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 SEGMENT_TOKENS = 256
 """Consecutive tokens, across all layers, that are hashed, stored, evicted and fetched as one unit."""
@@ -51,3 +52,14 @@ class KVSpec:
             "dtype": str(self.dtype).removeprefix("torch."),
             "rope": self.rope,
         }
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Segments as a codec has encoded them. On a CUDA device the work may still be queued."""
+
+    bodies: list[Tensor]
+    """uint8 [segment bytes], one per segment."""
+    damaged: Tensor | None = None
+    """int32 [T]: not zero where a token held a value that is not finite, so that its segment must not be
+    used. None: all of them have been looked at."""

@@ -18,16 +18,17 @@ from aquifer.kernels.triton.hadamard import turn
 
 @triton.jit
 def _emit(
-    rotated: tl.tensor,
+    state: tl.tensor,
     signs: tl.tensor,
     cos: tl.tensor,
     sin: tl.tensor,
     slots: tl.tensor,
-    pages: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
     count: tl.tensor,
     row_stride: tl.tensor,
     head_stride: tl.tensor,
-    ROPE: tl.constexpr,
+    CHANNELS: tl.constexpr,
     GROUP: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
@@ -36,12 +37,13 @@ def _emit(
     EXACT: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One Hadamard group, which is some whole heads, of one block of tokens."""
+    """One Hadamard group, which is some whole heads, of one block of tokens; keys and values side by side."""
+    is_values = tl.program_id(2)
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = token < count
     first_channel = tl.program_id(1) * GROUP
     channel = first_channel + tl.arange(0, GROUP)
-    row = rotated + token.to(tl.int64)[:, None] * row_stride
+    row = state + is_values * CHANNELS + token.to(tl.int64)[:, None] * row_stride
     x = tl.load(row + channel[None, :], mask=exists[:, None], other=0.0).to(tl.float32)
 
     x = turn(tl.reshape(x, [BLOCK * LEFT, RIGHT]), RIGHT, EXACT)
@@ -56,7 +58,7 @@ def _emit(
     heads: tl.constexpr = GROUP // HEAD_DIM
     low, high = tl.split(tl.permute(tl.reshape(x, [BLOCK, heads, 2, half]), [0, 1, 3, 2]))
     within = tl.arange(0, half)
-    if ROPE:
+    if is_values == 0:
         angle = token[:, None] * HEAD_DIM + within[None, :]
         mask = exists[:, None]
         cos_low = tl.load(cos + angle, mask=mask, other=0.0).to(tl.float32)[:, None, :]
@@ -70,68 +72,74 @@ def _emit(
     place = slot[:, None] * HEAD_DIM + head.to(tl.int64)[None, :] * head_stride
     place = place[:, :, None] + within[None, None, :]
     there = (slot >= 0)[:, None, None]
+    pages = keys
+    if is_values == 1:
+        pages = values
     tl.store(pages + place, low, mask=there)
     tl.store(pages + place + half, high, mask=there)
 
 
 def emit(
-    rotated: Tensor,
+    state: Tensor,
     signs: Tensor,
     group: int,
+    rope: tuple[Tensor, Tensor],
     slots: Tensor,
-    pages: Tensor,
-    rope: tuple[Tensor, Tensor] | None = None,
+    keys: Tensor,
+    values: Tensor,
     *,
     block_tokens: int = 4,
 ) -> None:
-    """Write decoded rows of keys, or of values, of one layer into the pool.
+    """Write the decoded rows of one layer to where attention reads them.
 
-    rotated: [T, C], any float dtype, rows may be strided: one half of a decoder's state
+    state: [T, 2C], any float dtype, rotated keys beside rotated values; rows may be strided
     signs: float32 [C]; group: G, the largest power of two that divides C; D divides it
+    rope: cos and sin [T, D], from the model's own rotary module; only keys are turned
     slots: int [T], where each token goes; a negative one is skipped
-    pages: [H, slots, D], keys or values of one layer, any float dtype, the slots of a head side by side
-    rope: cos and sin [T, D], from the model's own rotary module, for keys; None for values
-    block_tokens: per program. The default is to be measured.
+    keys, values: [H, slots, D], of one layer, any float dtype, the slots of a head side by side
+    block_tokens: per program.
     Computes in float32 and rounds once. Twins: aquifer.kernels.hadamard.Rotation.unrotate, then
     aquifer.kernels.rope.apply_rope, then an assignment.
     """
-    tokens, channels = rotated.shape
-    heads, _, head_dim = pages.shape
-    expect("rotated", rotated, (None, heads * head_dim), FLOATS)
+    tokens, width = state.shape
+    channels = width // 2
+    heads, num_slots, head_dim = keys.shape
+    cos, sin = rope
+    expect("state", state, (None, 2 * heads * head_dim), FLOATS)
     expect("signs", signs, (channels,), torch.float32)
     expect("slots", slots, (tokens,), INDICES)
-    expect("pages", pages, (None, None, None), FLOATS)
+    expect("keys", keys, (None, None, None), FLOATS)
+    expect("values", values, (heads, num_slots, head_dim), keys.dtype)
+    expect("cos", cos, (tokens, head_dim), FLOATS)
+    expect("sin", sin, (tokens, head_dim), cos.dtype)
     expect_power_of_two("group", group, 16, 4096)
     expect_power_of_two("head_dim", head_dim, 16, group)
     expect_power_of_two("block_tokens", block_tokens, 1, 256)
     if channels % group:
         raise ValueError(f"{channels} channels do not divide into groups of {group}")
-    if pages.stride(1) != head_dim:
-        raise ValueError(f"pages has strides {pages.stride()}; needed: those of a pool")
-    cos, sin = rope or (signs, signs)  # without RoPE they are not read
-    if rope is not None:
-        expect("cos", cos, (tokens, head_dim), FLOATS)
-        expect("sin", sin, (tokens, head_dim), cos.dtype)
+    if keys.stride(1) != head_dim or keys.stride() != values.stride():
+        raise ValueError(f"keys have strides {keys.stride()}, values {values.stride()}; needed: a pool's")
     # Products of matrices have at least 16 rows and columns: smaller groups are turned from one side, whole.
     left = 1 if group < 256 else 1 << (group.bit_length() - 1) // 2
     block_tokens = max(block_tokens, 16 // left)
-    _emit[(triton.cdiv(tokens, block_tokens), channels // group)](
-        rotated,
+    _emit[(triton.cdiv(tokens, block_tokens), channels // group, 2)](
+        state,
         signs,
         cos.contiguous(),
         sin.contiguous(),
         slots,
-        pages,
+        keys,
+        values,
         tokens,
-        rotated.stride(0),
-        pages.stride(0),
-        ROPE=rope is not None,
+        state.stride(0),
+        keys.stride(0),
+        CHANNELS=channels,
         GROUP=group,
         LEFT=left,
         RIGHT=group // left,
         HEAD_DIM=head_dim,
         NORM=group**-0.5,
-        EXACT=pages.dtype == torch.float32,
+        EXACT=keys.dtype == torch.float32,
         BLOCK=block_tokens,
         num_warps=4,
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from aquifer.cachestore.store import TieredStore
 from aquifer.compression.codec import Codec
+from aquifer.compression.raw import RawCodec
 from aquifer.server.engine.gate import LoadGate
 from aquifer.server.engine.index import IndexPool
 from aquifer.server.engine.pages import PagePool
@@ -39,7 +40,7 @@ class EngineParts:
 
     adapter: DecoderAdapter
     codec: Codec
-    raw: Codec
+    raw: RawCodec
     store: TieredStore
     pool: PagePool
     index: IndexPool

@@ -84,7 +84,8 @@ class PromptReader:
 
     def _restore_group(self, state: RequestState) -> None:
         started = time.perf_counter()
-        group = [state.restores.popleft() for _ in range(min(GROUP_SEGMENTS, len(state.restores)))]
+        most = self._restorer.group_segments
+        group = [state.restores.popleft() for _ in range(min(most, len(state.restores)))]
         try:
             self._restorer.restore(group, state.cache.table)
         finally:

@@ -1,8 +1,8 @@
 """Encodes finished segments and hands them to the tiers, off the path of running requests.
 
-On CUDA a batch is encoded on a side stream and copied to pinned memory while the next chunk is being
-computed. On a CPU there is no other stream: the engine calls `pump` between its steps with a small
-limit, so that a running answer waits for one segment at most, and with none when it is idle.
+On CUDA a thread does all of it on a side stream, while the next chunk is being computed. On a CPU there is no
+other place: the engine calls `pump` between its steps with a small limit, so that a running answer waits for
+one segment at most, and with none when it is idle.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+import structlog
 import torch
 from torch import Tensor
 
@@ -42,17 +45,24 @@ class WriteJob:
         return self.keys.shape[1]
 
 
+log = structlog.get_logger(__name__)
+
+_PATIENCE_SECONDS = 0.1
+
 _Queued = tuple[WriteJob, Callable[[], None]]
 """A job, and what to call on the engine's thread when its record is in the RAM tier or was refused by it."""
 
 
+_Bodies = tuple[Sequence[Tensor], Sequence[bool]]
+"""Encoded records in host memory, and which of them must not be used."""
+
+
 @dataclass(frozen=True)
-class _Flight:
-    """Encoded bytes on their way to host memory; ready when the event is (None: ready now)."""
+class _Batch:
+    """Encoded records on their way to the tiers. done: when they are there, or are refused."""
 
     jobs: list[_Queued]
-    bodies: list[Tensor]
-    event: torch.cuda.Event | None
+    done: Future[None]
 
 
 class SegmentWriter:
@@ -64,33 +74,47 @@ class SegmentWriter:
         self._store = store
         self._metrics = metrics
         self._jobs: deque[_Queued] = deque()
-        self._flights: deque[_Flight] = deque()
+        self._batches: deque[_Batch] = deque()
         self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+        # It launches, waits, hashes and copies, while the engine's thread is busy with the next chunk.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="aquifer-write") if self._stream else None
 
     @property
     def backlog(self) -> int:
         """Records not in the tiers yet."""
-        return len(self._jobs) + sum(len(flight.jobs) for flight in self._flights)
+        return len(self._jobs) + sum(len(batch.jobs) for batch in self._batches)
 
     def add(self, jobs: Sequence[WriteJob], on_done: Callable[[], None]) -> None:
         """Queue records; on_done is called once for each of them."""
         self._jobs.extend((job, on_done) for job in jobs)
 
     def pump(self, limit: int) -> None:
-        """Encode up to `limit` waiting records, and store those whose bytes have arrived."""
-        queued = [self._jobs.popleft() for _ in range(min(limit, len(self._jobs)))]
-        for kind, codec in self._codecs.items():
-            batch = [entry for entry in queued if entry[0].kind == kind]
-            if batch:
-                bodies, event = self._encode(codec, [job for job, _ in batch])
-                self._flights.append(_Flight(batch, bodies, event))
-        while self._flights and (self._flights[0].event is None or self._flights[0].event.query()):
-            flight = self._flights.popleft()
-            for (job, on_done), body in zip(flight.jobs, flight.bodies, strict=True):
-                lease = self._store_record(job, self._seal(job, body))
-                if lease is not None:
-                    lease.release()
+        """Encode up to `limit` waiting records, and report those that were stored. While the thread is busy
+        with a batch the next one grows instead: few large ones take less of the device than many."""
+        busy = self._thread is not None and len(self._batches) > 0
+        queued = [] if busy else [self._jobs.popleft() for _ in range(min(limit, len(self._jobs)))]
+        for kind in self._codecs:
+            jobs = [entry for entry in queued if entry[0].kind == kind]
+            if jobs:
+                self._batches.append(_Batch(jobs, self._start(kind, [job for job, _ in jobs])))
+        while self._batches and self._batches[0].done.done():
+            batch = self._batches.popleft()
+            batch.done.result()
+            for _, on_done in batch.jobs:
                 on_done()
+
+    def wait(self, seconds: float) -> None:
+        """Let the thread work, if there is something to wait for."""
+        if self._batches:
+            futures.wait([self._batches[0].done], seconds)
+
+    def close(self) -> None:
+        """Store everything that is waiting."""
+        while self.backlog:
+            self.pump(self.backlog)
+            self.wait(_PATIENCE_SECONDS)
+        if self._thread is not None:
+            self._thread.shutdown()
 
     def store_now(self, jobs: Sequence[WriteJob], *, keep: bool) -> list[StoredRecord]:
         """Encode records that are needed right away, and lease them.
@@ -100,36 +124,71 @@ class SegmentWriter:
         """
         records = []
         for job in jobs:
-            (body,), event = self._encode(self._codecs[job.kind], [job])
-            if event is not None:
-                event.synchronize()
+            (body,), (damaged,) = self._encode(self._codecs[job.kind], [job], _mark(job.keys))
+            if damaged:
+                raise ValueError(f"{_name(job)} holds values that are not finite")
             sealed = self._seal(job, body)
             lease = self._store_record(job, sealed) if keep else None
             lease = lease or Lease(memoryview(sealed), "own")
             records.append(StoredRecord(lease, body_of(lease.data)))
         return records
 
-    def _encode(self, codec: Codec, jobs: Sequence[WriteJob]) -> tuple[list[Tensor], torch.cuda.Event | None]:
-        """Bodies of the records, in host memory when the event has happened (None: now)."""
+    def _start(self, kind: RecordKind, jobs: Sequence[WriteJob]) -> Future[None]:
+        """Encode and store, on a device's side on the thread."""
+        computed = _mark(jobs[0].keys)
+        if computed is not None:
+            assert self._thread is not None
+            return self._thread.submit(self._write, kind, jobs, computed)
+        done: Future[None] = Future()
+        self._write(kind, jobs, None)
+        done.set_result(None)
+        return done
+
+    def _write(self, kind: RecordKind, jobs: Sequence[WriteJob], computed: torch.cuda.Event | None) -> None:
+        for job, body, damaged in zip(jobs, *self._encode(self._codecs[kind], jobs, computed), strict=True):
+            if damaged:
+                # What it would spread to is this segment only: the request goes on without storing it.
+                log.warning("segment not stored: values that are not finite", segment=_name(job))
+                continue
+            lease = self._store_record(job, self._seal(job, body))
+            if lease is not None:
+                lease.release()
+
+    def _encode(self, codec: Codec, jobs: Sequence[WriteJob], computed: torch.cuda.Event | None) -> _Bodies:
+        """Bodies of the records in host memory, and which of them must not be used.
+
+        computed: when a device has the keys and values (None: it is no device).
+        """
         started = time.perf_counter()
-        keys = torch.cat([job.keys for job in jobs], dim=1)
-        values = torch.cat([job.values for job in jobs], dim=1)
         counts = [job.num_tokens for job in jobs]
-        event = None
-        if keys.is_cuda:
-            assert self._stream is not None
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                bodies = [_to_pinned(body) for body in codec.encode(keys, values, counts)]
-                event = self._stream.record_event()
-            # The allocator must not hand these to the main stream while the side stream reads them.
-            keys.record_stream(self._stream)
-            values.record_stream(self._stream)
+        if computed is None:
+            encoded: _Bodies = codec.encode(*_joined(jobs), counts), [False] * len(jobs)
         else:
-            bodies = codec.encode(keys, values, counts)
+            encoded = self._encode_beside(codec, jobs, counts, computed)
         self._metrics.codec_tokens.labels(op="encode").inc(sum(counts))
         self._metrics.codec_seconds.labels(op="encode").inc(time.perf_counter() - started)
-        return bodies, event
+        return encoded
+
+    @torch.inference_mode()
+    def _encode_beside(
+        self, codec: Codec, jobs: Sequence[WriteJob], counts: list[int], computed: torch.cuda.Event
+    ) -> _Bodies:
+        """On the side stream, and in one copy to page-locked memory."""
+        assert self._stream is not None
+        self._stream.wait_event(computed)
+        with torch.cuda.stream(self._stream):
+            for job in jobs:
+                # The allocator must not hand these to the main stream while this one reads them.
+                job.keys.record_stream(self._stream)
+                job.values.record_stream(self._stream)
+            encoded = codec.encode_unchecked(*_joined(jobs), counts)
+            sizes = [body.numel() for body in encoded.bodies]
+            host = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
+            host.copy_(torch.cat(encoded.bodies), non_blocking=True)
+            rows = None if encoded.damaged is None else encoded.damaged.cpu()
+            self._stream.synchronize()
+        damaged = [False] * len(jobs) if rows is None else [bool(part.any()) for part in rows.split(counts)]
+        return host.split(sizes), damaged
 
     def _store_record(self, job: WriteJob, record: bytes) -> Lease | None:
         """Hand a record to the tiers. Returns the lease of what RAM holds, if it has room."""
@@ -146,9 +205,18 @@ class SegmentWriter:
         return seal(header, body.numpy().data)
 
 
-def _to_pinned(body: Tensor) -> Tensor:
-    host = torch.empty(body.shape, dtype=body.dtype, pin_memory=True)
-    return host.copy_(body, non_blocking=True)
+def _mark(keys: Tensor) -> torch.cuda.Event | None:
+    """What happens when a device has computed what was queued so far; None without a device."""
+    return torch.cuda.current_stream().record_event() if keys.is_cuda else None
+
+
+def _joined(jobs: Sequence[WriteJob]) -> tuple[Tensor, Tensor]:
+    """Keys and values [L, T, C] of all jobs."""
+    return torch.cat([job.keys for job in jobs], dim=1), torch.cat([job.values for job in jobs], dim=1)
+
+
+def _name(job: WriteJob) -> str:
+    return f"{job.kind} from token {job.start:,}"
 
 
 def split_segments(

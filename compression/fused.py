@@ -1,0 +1,223 @@
+"""AQUA-KV on a device with Triton kernels: the same format, its arithmetic in four kernels.
+
+A layer is decoded by a GEMM per half, which also adds the residual, and one pass that leaves the rotated
+domain, applies RoPE and writes where attention reads. It is encoded by a GEMM and one pass per half. Nothing
+here waits for the device.
+
+Import this module only where a CUDA device is in use, or Triton's interpreter.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from aquifer.compression.aqua import AquaCodec
+from aquifer.compression.chain import ChainCodec, Half
+from aquifer.compression.predictors import Predictors
+from aquifer.compression.raw import check_kv
+from aquifer.compression.spec import Encoded, KVSpec
+from aquifer.kernels.hadamard import hadamard_group
+from aquifer.kernels.triton.chain import COLUMNS, decode_rows, encode_rows, predict, predict_and_add
+from aquifer.kernels.triton.emit import emit
+
+_GROUPS = (16, 4096)
+_LARGEST_BUFFER = 2**31
+
+
+def fits(spec: KVSpec, codec_dtype: torch.dtype) -> bool:
+    """Whether the kernels take this geometry."""
+    group, head_dim = hadamard_group(spec.channels), spec.head_dim
+    smallest, largest = _GROUPS
+    return (
+        codec_dtype in (torch.bfloat16, torch.float16)
+        and spec.channels % COLUMNS == 0
+        and smallest <= group <= largest
+        and smallest <= head_dim <= group
+        and head_dim & (head_dim - 1) == 0
+    )
+
+
+class FusedAquaCodec(AquaCodec):
+    """AquaCodec in kernels. Its GEMMs give a row the same bits in any batch, so that what was encoded a few
+    segments at a time is decoded to the encoder's state in a group of any size."""
+
+    arithmetic: ClassVar[str | None] = "fused-1"
+
+    def __init__(
+        self,
+        spec: KVSpec,
+        bits: int,
+        predictors: Predictors | None,
+        *,
+        device: torch.device,
+        codec_dtype: torch.dtype,
+    ) -> None:
+        super().__init__(spec, bits, predictors, device=device, codec_dtype=codec_dtype)
+        self.biases = [torch.stack([coder.bias for coder in layer]) for layer in self.coders]
+        # Most prompts are cut in the same way, and the tables of a batch take a while to compute.
+        self.encode_offsets = lru_cache(maxsize=8)(self._encode_offsets)
+        self.decode_offsets = lru_cache(maxsize=8)(self._decode_offsets)
+
+    def encode(self, keys: Tensor, values: Tensor, counts: Sequence[int]) -> list[Tensor]:
+        encoded = self.encode_unchecked(keys, values, counts)
+        assert encoded.damaged is not None
+        if encoded.damaged.any():
+            raise ValueError("keys or values hold values that are not finite")
+        return encoded.bodies
+
+    def encode_unchecked(self, keys: Tensor, values: Tensor, counts: Sequence[int]) -> Encoded:
+        check_kv(self.spec, keys, values, counts)
+        tokens, device = sum(counts), keys.device
+        sizes = [self.segment_bytes(count) for count in counts]
+        offsets = self.encode_offsets(tuple(counts), device)
+        data = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
+        damaged = torch.zeros(tokens, dtype=torch.int32, device=device)
+        prediction = torch.empty(tokens, self.spec.channels, device=device)
+        state = StateRing(self, tokens, device)
+        for layer, coders in enumerate(self.coders):
+            for half, rows in zip(Half, (keys, values), strict=True):
+                coder, bias = coders[half], self.biases[layer][half]
+                if coder.weight is None:
+                    expected = bias.expand(tokens, -1)
+                else:
+                    inputs = state.inputs(layer, half)
+                    predict(inputs, half, coder.weight, bias, self.rotation.group, prediction)
+                    expected = prediction
+                encode_rows(
+                    rows[layer],
+                    self.rotation.signs,
+                    self.rotation.group,
+                    expected,
+                    coder.quantizer,
+                    half,
+                    offsets[layer],
+                    data,
+                    state.half(layer, half),
+                    damaged,
+                )
+        return Encoded(list(data.split(sizes)), damaged)
+
+    @property
+    def chain(self) -> ChainCodec:
+        return self
+
+    def chain_bytes(self, tokens: int) -> int:
+        return 3 * tokens * self.spec.channels * self.codec_dtype.itemsize
+
+    def decoder(self, counts: Sequence[int], device: torch.device) -> "FusedDecoder":
+        return self.chain_decoder(counts, device)
+
+    def chain_decoder(self, counts: Sequence[int], device: torch.device) -> "FusedDecoder":
+        return FusedDecoder(self, counts, device)
+
+    def _encode_offsets(self, counts: tuple[int, ...], device: torch.device) -> Tensor:
+        """int32 [L, 4, T]: where in the segments, end to end, each token's parts of each layer are."""
+        sizes = torch.tensor([self.segment_bytes(count) for count in counts])
+        if int(sizes.sum()) >= _LARGEST_BUFFER:
+            raise ValueError(f"{len(counts)} segments at once are too many for 32-bit offsets")
+        starts = sizes.cumsum(0) - sizes
+        tables = []
+        for layer in range(self.spec.num_layers):
+            tables.append(self._offsets(layer, counts, starts))
+            starts = starts + torch.tensor([self.layer_bytes(layer, count) for count in counts])
+        return torch.stack(tables).to(device)
+
+    def _decode_offsets(self, first: bool, counts: tuple[int, ...], device: torch.device) -> Tensor:
+        """int32 [4, T]: where in a layer's slices, end to end, each token's parts are.
+
+        first: of layer 0; all others are alike.
+        """
+        layer = 0 if first else self.spec.num_layers - 1
+        sizes = torch.tensor([self.layer_bytes(layer, count) for count in counts])
+        return self._offsets(layer, counts, sizes.cumsum(0) - sizes).to(device)
+
+    def _offsets(self, layer: int, counts: tuple[int, ...], starts: Tensor) -> Tensor:
+        """int32 [4, T], for slices that begin at starts [segments]."""
+        lengths = torch.tensor(counts)
+        first = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+        number = torch.arange(len(first)) - first
+        start, length = starts.repeat_interleave(lengths), lengths.repeat_interleave(lengths)
+        code_bytes, _, scale_bytes, _ = self.part_bytes(layer, 1)
+        codes = start + number * code_bytes
+        scales = start + 2 * length * code_bytes + number * scale_bytes
+        return torch.stack((codes, codes + length * code_bytes, scales, scales + length * scale_bytes)).int()
+
+
+class StateRing:
+    """The states of T tokens in all layers, one after the other, in the memory of one and a half.
+
+    A step reads two neighbouring halves and writes a third: keys of a layer come from keys and values of the
+    layer before, values from the values before and the layer's own keys. So the halves of all layers lie in
+    one long row of which only three are alive, and the rows of the tokens are staggered: half s of token t
+    begins at (3 t + s) * C.
+    """
+
+    def __init__(self, codec: AquaCodec, tokens: int, device: torch.device) -> None:
+        self._channels, self._tokens = codec.spec.channels, tokens
+        halves = 3 * (tokens - 1) + 2 * codec.spec.num_layers
+        self.memory = torch.empty(halves * self._channels, dtype=codec.codec_dtype, device=device)
+
+    def half(self, layer: int, half: Half) -> Tensor:
+        """[T, C]: keys or values of a layer."""
+        return self._halves(2 * layer + half, 1)
+
+    def both(self, layer: int) -> Tensor:
+        """[T, 2C]: keys beside values of a layer."""
+        return self._halves(2 * layer, 2)
+
+    def inputs(self, layer: int, half: Half) -> Tensor:
+        """[T, 2C] that a half is predicted from: the two halves before it."""
+        return self._halves(2 * layer + half - 2, 2)
+
+    def _halves(self, first: int, count: int) -> Tensor:
+        shape, stride = (self._tokens, count * self._channels), (3 * self._channels, 1)
+        return self.memory.as_strided(shape, stride, first * self._channels)
+
+
+class FusedDecoder:
+    """See ChainDecoder and SegmentDecoder."""
+
+    def __init__(self, codec: FusedAquaCodec, counts: Sequence[int], device: torch.device) -> None:
+        self._codec = codec
+        self._tokens, self._device = sum(counts), device
+        self._state = StateRing(codec, self._tokens, device)
+        own = tuple(counts), device
+        self._offsets = codec.decode_offsets(True, *own), codec.decode_offsets(False, *own)
+        self._layer = 0
+
+    @property
+    def buffers(self) -> Sequence[Tensor]:
+        return self._state.memory, *self._offsets
+
+    def advance(self, layer: int, half: Half, data: Tensor) -> None:
+        codec, state, offsets = self._codec, self._state, self._offsets[min(layer, 1)]
+        coder, biases, group = codec.coders[layer][half], codec.biases[layer], codec.rotation.group
+        if coder.weight is not None:
+            inputs, out = state.inputs(layer, half), state.half(layer, half)
+            quantizer = coder.quantizer
+            predict_and_add(inputs, half, coder.weight, biases[half], group, data, offsets, quantizer, out)
+        elif half is Half.VALUES:  # both halves at once, now that none of the layer before is needed
+            decode_rows(data, offsets, coder.quantizer, group, biases, state.both(layer))
+
+    def emit(
+        self, layer: int, rope: tuple[Tensor, Tensor], slots: Tensor, keys: Tensor, values: Tensor
+    ) -> None:
+        rotation = self._codec.rotation
+        emit(self._state.both(layer), rotation.signs, rotation.group, rope, slots, keys, values)
+
+    def decode_layer(self, slices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        layer, spec, dtype = self._layer, self._codec.spec, self._codec.codec_dtype
+        self._layer += 1
+        data = torch.cat(list(slices))
+        for half in Half:
+            self.advance(layer, half, data)
+        shape = (spec.num_kv_heads, self._tokens, spec.head_dim)
+        keys, values = torch.empty(2, *shape, dtype=dtype, device=self._device)
+        upright = torch.zeros(2, *shape[1:], dtype=dtype, device=self._device)
+        upright[0] = 1  # RoPE by no angle
+        slots = torch.arange(self._tokens, device=self._device)
+        self.emit(layer, (upright[0], upright[1]), slots, keys, values)
+        return keys.transpose(0, 1).flatten(1), values.transpose(0, 1).flatten(1)

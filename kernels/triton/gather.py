@@ -1,0 +1,78 @@
+"""Stored slices from page-locked host memory into one buffer on the device.
+
+A layer of a document lies in the arena in one slice of about a hundred kilobytes per segment. A copy per
+slice costs more in launches than in bytes, and collecting them on a CPU costs a pass over host memory that
+one thread makes slower than PCIe is. So a kernel reads the slices where they lie: host memory registered with
+CUDA has one address for both sides.
+
+Bytes moved: each byte once over PCIe and once into device memory. Few programs are enough to fill the bus,
+and leave the rest of the device to the arithmetic that runs beside them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from aquifer.kernels.triton.checks import expect, expect_power_of_two
+
+SLICE_ALIGNMENT = 16
+"""Slices and their places begin at multiples of so many bytes: the widest load of a thread."""
+
+
+@triton.jit
+def _gather(
+    addresses: tl.tensor,
+    places: tl.tensor,
+    sizes: tl.tensor,
+    target: tl.tensor,
+    num_chunks: tl.tensor,
+    chunks_per_slice: tl.tensor,
+    WORDS: tl.constexpr,
+) -> None:
+    """Chunks of WORDS words of 4 bytes, in turns with the other programs."""
+    lane = tl.arange(0, WORDS)
+    for chunk in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
+        piece = chunk // chunks_per_slice
+        word = (chunk % chunks_per_slice) * WORDS + lane
+        there = word < tl.load(sizes + piece) // 4
+        source = tl.load(addresses + piece).to(tl.pointer_type(tl.int32))
+        place = (target + tl.load(places + piece)).to(tl.pointer_type(tl.int32))
+        data = tl.load(tl.multiple_of(source, 16) + word, mask=there)
+        tl.store(tl.multiple_of(place, 16) + word, data, mask=there)
+
+
+def gather_slices(
+    addresses: Tensor,
+    places: Tensor,
+    sizes: Tensor,
+    largest: int,
+    target: Tensor,
+    *,
+    programs: int = 32,
+    block_bytes: int = 16384,
+) -> None:
+    """Copy slices of host memory, each to its place in `target`.
+
+    addresses: int64 [N], of memory that the device can read; it must stay as it is until the kernel has run
+    places, sizes: int32 [N], in bytes, multiples of 16 like the addresses
+    largest: the largest of the sizes
+    target: uint8 [B]; programs, block_bytes: how many share the work, and in which portions
+    Twin: gather_slices_ref.
+    """
+    (count,) = addresses.shape
+    expect("addresses", addresses, (None,), torch.int64)
+    expect("places", places, (count,), torch.int32)
+    expect("sizes", sizes, (count,), torch.int32)
+    expect("target", target, (None,), torch.uint8)
+    expect_power_of_two("block_bytes", block_bytes, 512, 65536)
+    chunks = triton.cdiv(largest, block_bytes)
+    _gather[(min(programs, count * chunks),)](
+        addresses, places, sizes, target, count * chunks, chunks, WORDS=block_bytes // 4, num_warps=8
+    )
+
+
+def gather_slices_ref(slices: list[Tensor], places: list[int], target: Tensor) -> None:
+    """The same from tensors."""
+    for piece, place in zip(slices, places, strict=True):
+        target[place : place + len(piece)] = piece

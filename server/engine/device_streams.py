@@ -1,0 +1,325 @@
+"""Stored segments as a stream of layers on a CUDA device.
+
+Three queues run beside the caller's: one brings the bytes of the next layers out of the arena, one moves the
+chain over the layers on, one writes keys and values to where they are wanted. The caller waits for the last
+one only, so that one layer is attended to while the next one is decoded and the bytes of a third arrive.
+
+Import this module only where a CUDA device is in use, or Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from aquifer.compression.chain import ChainDecoder, Half, SegmentDecoder
+from aquifer.compression.codec import Codec
+from aquifer.compression.spec import KVSpec
+from aquifer.kernels.rope import apply_rope
+from aquifer.kernels.triton.gather import gather_slices
+from aquifer.server.engine.pages import PagePool
+
+LANDINGS = 3
+
+GATHER_PROGRAMS = 32
+"""16 fill PCIe alone, and 32 beside the GEMMs; 64 would take more from those than they bring."""
+
+
+class Queue:
+    """Device work that runs beside the caller's."""
+
+    def __init__(self, device: torch.device, priority: int = 0) -> None:
+        self._stream = torch.cuda.Stream(device, priority)
+
+    def here(self) -> AbstractContextManager[object]:
+        """Work started inside belongs to this queue."""
+        return torch.cuda.stream(self._stream)
+
+    def after(self, *events: torch.cuda.Event | None) -> None:
+        """Do nothing more before these have happened; None has."""
+        for event in events:
+            if event is not None:
+                self._stream.wait_event(event)
+
+    def mark(self) -> torch.cuda.Event:
+        """What happens when all work of this queue up to now is done."""
+        return self._stream.record_event()
+
+    def hold(self, *tensors: Tensor) -> None:
+        """Keep memory from other owners until what is in this queue now is done."""
+        for tensor in tensors:
+            tensor.record_stream(self._stream)
+
+
+class Queues:
+    """copies: of bytes from host memory, and reading them; chain: from layer to layer; emits: keys and
+    values."""
+
+    def __init__(self, device: torch.device) -> None:
+        # Work of the small kernels is needed first: a GEMM's tiles would keep them waiting.
+        self.copies, self.chain, self.emits = Queue(device, -1), Queue(device), Queue(device, -1)
+
+    def callers(self) -> torch.cuda.Event:
+        """What happens when all of the caller's work up to now is done."""
+        return torch.cuda.current_stream().record_event()
+
+    def let_caller_wait(self, event: torch.cuda.Event) -> None:
+        torch.cuda.current_stream().wait_event(event)
+
+
+@cache
+def queues_of(device: torch.device) -> Queues:
+    """One set for all streams of a device; they follow each other."""
+    return Queues(device)
+
+
+class HostSlices:
+    """Where the layers of several records lie in host memory, for a kernel that reads them there."""
+
+    def __init__(
+        self, codec: Codec, bodies: Sequence[Tensor], counts: Sequence[int], device: torch.device
+    ) -> None:
+        """bodies: uint8, one per record; they must stay as they are. Those that are not page-locked are
+        copied to memory that is."""
+        self._bodies = _page_locked(bodies) if device.type == "cuda" else list(bodies)
+        layers = range(codec.spec.num_layers)
+        of_count = {n: torch.tensor([codec.layer_bytes(layer, n) for layer in layers]) for n in set(counts)}
+        sizes = torch.stack([of_count[n] for n in counts], dim=1)  # [L, N]
+        places = sizes.cumsum(1) - sizes
+        addresses = torch.tensor([body.data_ptr() for body in self._bodies]) + sizes.cumsum(0) - sizes
+        self._largest = sizes.amax(1).tolist()
+        self.layer_bytes: list[int] = sizes.sum(1).tolist()
+        """Bytes of each layer of all records."""
+        self._addresses = addresses.to(device)
+        self._places, self._sizes = places.int().to(device), sizes.int().to(device)
+
+    @property
+    def tables(self) -> Sequence[Tensor]:
+        """Device memory that a copy reads."""
+        return self._addresses, self._places, self._sizes
+
+    def land(self, layer: int, target: Tensor) -> None:
+        """Start copying a layer into target, the slices of all records end to end."""
+        gather_slices(
+            self._addresses[layer],
+            self._places[layer],
+            self._sizes[layer],
+            self._largest[layer],
+            target,
+            programs=GATHER_PROGRAMS,
+        )
+
+
+class Landing:
+    """Buffers through which the layers of some records arrive: one is read, one is full, one fills."""
+
+    def __init__(self, slices: HostSlices, copies: Queue, device: torch.device) -> None:
+        self._slices, self._copies = slices, copies
+        largest = max(slices.layer_bytes)
+        self._memory = torch.empty(LANDINGS, largest, dtype=torch.uint8, device=device)
+        copies.hold(self._memory, *slices.tables)
+
+    @property
+    def memory(self) -> Tensor:
+        return self._memory
+
+    def layer(self, layer: int) -> Tensor:
+        """The bytes of a layer, when they are there."""
+        return self._memory[layer % LANDINGS, : self._slices.layer_bytes[layer]]
+
+    def fetch(self, layer: int, free: torch.cuda.Event | None) -> None:
+        """Queue a layer's copy. free: when the layer LANDINGS before it has been read."""
+        self._copies.after(free)
+        with self._copies.here():
+            self._slices.land(layer, self.layer(layer))
+
+
+class LandedLayers:
+    """The layers of some records for a decoder that knows nothing of queues; one layer travels ahead."""
+
+    def __init__(self, slices: HostSlices, decoder: SegmentDecoder, sizes: Sequence[Sequence[int]]) -> None:
+        """sizes: of the slices of each layer."""
+        device = slices.tables[0].device
+        self._decoder, self._sizes, self._queues = decoder, sizes, queues_of(device)
+        self._landing = Landing(slices, self._queues.copies, device)
+        self._layer = 0
+        self._queues.copies.after(self._queues.callers())  # the buffers may have had other users
+        self._fetch(0, None)
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        layer = self._layer
+        self._layer += 1
+        self._queues.let_caller_wait(self._arrived)
+        if self._layer < len(self._sizes):
+            # The readers of all layers before this one are queued by now.
+            self._fetch(self._layer, self._queues.callers())
+        return self._decoder.decode_layer(self._landing.layer(layer).split(list(self._sizes[layer])))
+
+    def _fetch(self, layer: int, free: torch.cuda.Event | None) -> None:
+        self._landing.fetch(layer, free)
+        self._arrived = self._queues.copies.mark()
+
+
+class ChainedSegments:
+    """Segments of a codec whose decoder has steps of its own, and perhaps sinks before them."""
+
+    def __init__(
+        self,
+        codec: Codec,
+        bodies: Sequence[Tensor],
+        counts: Sequence[int],
+        spec: KVSpec,
+        rope: tuple[Tensor, Tensor],
+        sinks: Tensor | None,
+    ) -> None:
+        """bodies: uint8, one per segment of counts[i] tokens; they must stay as they are.
+        rope: cos and sin [T, D], of the sinks first. sinks: [L, 2, S, C] before RoPE, in host memory."""
+        assert codec.chain is not None
+        self._codec, self._spec, self._counts, self._device = codec.chain, spec, counts, rope[0].device
+        self._slices = HostSlices(codec, bodies, counts, self._device)
+        self.first = 0 if sinks is None else sinks.shape[2]
+        """Row of the first token that is no sink."""
+        cos, sin = (table[self.first :].contiguous() for table in rope)
+        self._rope = cos, sin
+        self.sinks = None if sinks is None else _emitted_sinks(sinks.to(self._device), spec, rope)
+
+    @property
+    def num_tokens(self) -> int:
+        """Sinks included."""
+        return self.first + sum(self._counts)
+
+    @property
+    def staging_bytes(self) -> int:
+        tokens, spec = sum(self._counts), self._spec
+        layer = 2 * self.num_tokens * spec.channels * spec.dtype.itemsize
+        return self._codec.chain_bytes(tokens) + LANDINGS * max(self._slices.layer_bytes) + layer
+
+    def open(self, spans: Sequence[tuple[int, int]]) -> ChainStream:
+        """spans: of the sinks and segments, in order."""
+        decoder = self._codec.chain_decoder(self._counts, self._device)
+        return ChainStream(self, spans, _Chain(self._spec.num_layers, self._slices, decoder, self._rope))
+
+    def new_layer(self) -> Tensor:
+        """Room for keys and values of a layer, [2, H, T, D]."""
+        spec = self._spec
+        shape = (2, spec.num_kv_heads, self.num_tokens, spec.head_dim)
+        return torch.empty(shape, dtype=spec.dtype, device=self._device)
+
+
+class ChainStream:
+    """See SegmentStream."""
+
+    def __init__(self, segments: ChainedSegments, spans: Sequence[tuple[int, int]], chain: _Chain) -> None:
+        self.spans = spans
+        self._segments, self._chain = segments, chain
+        self._staged: tuple[Tensor, Tensor] | None = None
+        self._layer = 0
+
+    def next_layer(self) -> tuple[Tensor, Tensor]:
+        segments = self._segments
+        if self._staged is None:
+            room = segments.new_layer()
+            self._staged = room, torch.arange(segments.first, segments.num_tokens, device=room.device)
+        room, slots = self._staged
+        if segments.sinks is not None:
+            room[:, :, : segments.first] = segments.sinks[self._layer]
+        self._layer += 1
+        self._chain.emit_next(slots, room[0], room[1], after_caller=True)
+        return room[0], room[1]
+
+    def restore(self, pool: PagePool, runs: Sequence[tuple[int, int]]) -> None:
+        first, sinks = self._segments.first, self._segments.sinks
+        device = pool.keys.device
+        slots = torch.cat([torch.arange(start, stop, device=device) for start, stop in runs])
+        if sinks is not None:
+            pool.keys.index_copy_(2, slots[:first], sinks[:, 0])
+            pool.values.index_copy_(2, slots[:first], sinks[:, 1])
+        own = slots[first:].contiguous()
+        for layer, (keys, values) in enumerate(zip(pool.keys, pool.values, strict=True)):
+            self._chain.emit_next(own, keys, values, after_caller=layer == 0)
+
+
+class _Chain:
+    """The steps of a decoder on their queues."""
+
+    def __init__(
+        self, num_layers: int, slices: HostSlices, decoder: ChainDecoder, rope: tuple[Tensor, Tensor]
+    ) -> None:
+        """rope: cos and sin [T, D]."""
+        device = rope[0].device
+        self._num_layers, self._decoder, self._rope = num_layers, decoder, rope
+        self._queues = queues = queues_of(device)
+        self._landing = Landing(slices, queues.copies, device)
+        started = queues.callers()
+        for queue in (queues.copies, queues.chain, queues.emits):
+            queue.hold(self._landing.memory, *decoder.buffers)
+            queue.after(started)  # the memory may have had other users
+        queues.emits.hold(*rope)
+        none: list[torch.cuda.Event | None] = [None] * num_layers
+        # By layer: when its bytes are there, its state stands, and it is written.
+        self._arrived, self._advanced, self._emitted = none[:], none[:], none[:]
+        self._layer = 0
+        self._feed(0)
+        self._advance(0)
+        self._feed(1)
+
+    def emit_next(self, slots: Tensor, keys: Tensor, values: Tensor, *, after_caller: bool) -> None:
+        """Write the next layer, and begin with the one behind it.
+
+        slots: int64 [T]; keys, values: [H, slots, D]. after_caller: not before what the caller has queued so
+        far is done. What the caller queues from now on finds the layer written.
+        """
+        layer, queues = self._layer, self._queues
+        self._layer += 1
+        queues.emits.after(self._advanced[layer], queues.callers() if after_caller else None)
+        with queues.emits.here():
+            self._decoder.emit(layer, self._rope, slots, keys, values)
+        queues.emits.hold(slots, keys, values)
+        self._emitted[layer] = done = queues.emits.mark()
+        queues.let_caller_wait(done)
+        self._advance(layer + 1)
+        self._feed(layer + 2)
+
+    def _feed(self, layer: int) -> None:
+        """Bring the bytes of a layer, as soon as buffers are free."""
+        if layer >= self._num_layers:
+            return
+        self._landing.fetch(layer, self._advanced[layer - LANDINGS] if layer >= LANDINGS else None)
+        self._arrived[layer] = self._queues.copies.mark()
+
+    def _advance(self, layer: int) -> None:
+        """Move the chain on to a layer."""
+        if layer >= self._num_layers:
+            return
+        chain, data = self._queues.chain, self._landing.layer(layer)
+        chain.after(self._arrived[layer])
+        with chain.here():
+            self._decoder.advance(layer, Half.KEYS, data)
+            chain.after(self._emitted[layer - 1] if layer else None)
+            self._decoder.advance(layer, Half.VALUES, data)
+        self._advanced[layer] = chain.mark()
+
+
+def _emitted_sinks(rows: Tensor, spec: KVSpec, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """rows: [L, 2, S, C] before RoPE. Returns keys after RoPE and values, [L, 2, H, S, D]."""
+    layers, _, count, _ = rows.shape
+    rows = rows.unflatten(3, (spec.num_kv_heads, spec.head_dim))
+    cos, sin = (table[:count].repeat(layers, 1) for table in rope)
+    keys = apply_rope(rows[:, 0].flatten(0, 1), cos, sin).view_as(rows[:, 0])
+    return torch.stack((keys, rows[:, 1]), dim=1).transpose(2, 3).contiguous()
+
+
+def _page_locked(bodies: Sequence[Tensor]) -> list[Tensor]:
+    """The same bytes where the device can read them."""
+    elsewhere = [number for number, body in enumerate(bodies) if not body.is_pinned()]
+    locked = list(bodies)
+    if elsewhere:
+        sizes = [-(-bodies[number].numel() // 256) * 256 for number in elsewhere]
+        memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
+        for number, room in zip(elsewhere, memory.split(sizes), strict=True):
+            locked[number] = room[: bodies[number].numel()].copy_(bodies[number])
+    return locked

@@ -1,0 +1,148 @@
+"""A step of the chain against the plain arithmetic, and encoder against decoder bit for bit."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from aquifer.compression.aqua import load_quantizer
+from aquifer.kernels import higgs as plain
+from aquifer.kernels.hadamard import Rotation
+from aquifer.kernels.higgs import Quantizer
+from aquifer.kernels.triton.chain import decode_rows, encode_rows, predict, predict_and_add
+
+# The interpreter truncates to bfloat16 where a device rounds.
+DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float16
+SHAPES = [(1, 128, 128), (37, 384, 128), (11, 256, 256), (2, 1024, 1024)]
+MISS = 2**-7 if torch.cuda.is_available() else 2**-10
+
+
+@pytest.fixture(params=[2, 3, 4])
+def bits(request: pytest.FixtureRequest) -> int:
+    return request.param
+
+
+@pytest.fixture
+def quantizer(bits: int, device: torch.device) -> Quantizer:
+    return load_quantizer(bits, device)
+
+
+def normal(*shape: int, device: torch.device) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(device)
+
+
+def laid_out(tokens: int, channels: int, group: int, quantizer: Quantizer) -> tuple[Tensor, Tensor]:
+    """Offsets of tokens in reverse order behind a gap, and a buffer that they fill."""
+    code_bytes, scale_bytes = quantizer.code_bytes(channels), channels // group * 2
+    back = torch.arange(tokens - 1, -1, -1)
+    codes, scales = 32 + back * code_bytes, 32 + 2 * tokens * code_bytes + back * scale_bytes
+    parts = [codes, codes + tokens * code_bytes, scales, scales + tokens * scale_bytes]
+    size = 32 + 2 * tokens * (code_bytes + scale_bytes) + 16
+    offsets = torch.stack(parts).int().to(quantizer.grid.device)
+    return offsets, torch.zeros(size, dtype=torch.uint8, device=quantizer.grid.device)
+
+
+def parts_of(
+    data: Tensor, offsets: Tensor, half: int, code_bytes: int, num_scales: int
+) -> tuple[Tensor, Tensor]:
+    """Codes and scales of half of a layer, in the order of the tokens."""
+    rows = [data[start : start + code_bytes] for start in offsets[half].tolist()]
+    scales = [data[start : start + 2 * num_scales] for start in offsets[2 + half].tolist()]
+    return torch.stack(rows), torch.stack(scales).view(torch.float16)
+
+
+@pytest.mark.parametrize(("tokens", "channels", "group"), SHAPES)
+def test_coded_rows_come_back_as_the_encoders_state(
+    tokens: int, channels: int, group: int, quantizer: Quantizer, launched: list[str]
+) -> None:
+    device = quantizer.grid.device
+    rotation = Rotation.of(channels, 5, device)
+    offsets, data = laid_out(tokens, channels, group, quantizer)
+    x, bias = normal(2, tokens, channels, device=device), normal(2, channels, device=device)
+    state = torch.zeros(2, tokens, channels, dtype=DTYPE, device=device)
+    damaged = torch.zeros(tokens, dtype=torch.int32, device=device)
+    for half in (0, 1):
+        prediction = bias[half].expand(tokens, -1)
+        encode_rows(
+            x[half], rotation.signs, group, prediction, quantizer, half, offsets, data, state[half], damaged
+        )
+    decoded = torch.zeros(tokens, 3 * channels, dtype=DTYPE, device=device)[:, channels:]
+    decode_rows(data, offsets, quantizer, group, bias, decoded, block_tokens=4)
+    assert torch.equal(decoded, torch.cat((state[0], state[1]), dim=1))
+    assert not damaged.any() and not data[:32].any() and not data[-16:].any()
+    assert launched == ["_encode_rows", "_encode_rows", "_decode_rows"]
+
+    for half in (0, 1):
+        missed = rotation.rotate(x[half]) - bias[half]
+        codes, scales = parts_of(data, offsets, half, quantizer.code_bytes(channels), channels // group)
+        assert torch.allclose(scales, plain.higgs_encode(missed, quantizer, group)[1], rtol=2**-9, atol=0)
+        expected = plain.higgs_decode_ref(codes, scales, quantizer.grid) + bias[half]
+        torch.testing.assert_close(state[half].float(), expected, rtol=2 * MISS, atol=2 * MISS)
+        error = (expected - bias[half] - missed).square().mean() / missed.square().mean()
+        assert error < {2: 0.13, 3: 0.04, 4: 0.012}[quantizer.index_bits // quantizer.dimension]
+
+
+@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.parametrize(("tokens", "channels", "group"), [(1, 128, 128), (130, 256, 256), (150, 384, 128)])
+def test_a_decoders_step_makes_the_encoders_state(
+    tokens: int, channels: int, group: int, half: int, quantizer: Quantizer, launched: list[str]
+) -> None:
+    device = quantizer.grid.device
+    ring = normal(tokens, 3 * channels, device=device).to(DTYPE)
+    state, out = ring[:, : 2 * channels], ring[:, 2 * channels :]
+    weight = (normal(2 * channels, channels, device=device) / channels**0.5).to(DTYPE)
+    bias, prediction = normal(channels, device=device), torch.empty(tokens, channels, device=device)
+    predict(state, half, weight, bias, group, prediction)
+    expected = state.double() @ weight.roll(half * channels, 0).double() + bias
+    torch.testing.assert_close(prediction.double(), expected, rtol=1e-4, atol=1e-4)
+
+    offsets, data = laid_out(tokens, channels, group, quantizer)
+    x, damaged = normal(tokens, channels, device=device), torch.zeros_like(offsets[0])
+    signs, coded = Rotation.of(channels, 5, device).signs, torch.empty_like(out)
+    encode_rows(x, signs, group, prediction, quantizer, half, offsets, data, coded, damaged)
+    predict_and_add(state, half, weight, bias, group, data, offsets, quantizer, out)
+    assert torch.equal(out, coded)
+    # The same rows among fewer others.
+    for start, stop in ((0, 1), (tokens // 2, tokens)):
+        predict_and_add(
+            state[start:stop],
+            half,
+            weight,
+            bias,
+            group,
+            data,
+            offsets[:, start:stop].contiguous(),
+            quantizer,
+            out[start:stop].zero_(),
+        )
+    assert torch.equal(out, coded)
+    assert launched == ["_step", "_encode_rows", "_step", "_step", "_step"]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow")
+def test_rows_that_are_not_finite_are_marked(bad: float, device: torch.device, launched: list[str]) -> None:
+    quantizer = load_quantizer(2, device)
+    offsets, data = laid_out(5, 256, 128, quantizer)
+    x = normal(5, 256, device=device)
+    x[1, 7] = x[4, 200] = bad
+    damaged = torch.zeros(5, dtype=torch.int32, device=device)
+    state, zero = torch.zeros(5, 256, dtype=DTYPE, device=device), torch.zeros(1, 256, device=device)
+    signs = Rotation.of(256, 5, device).signs
+    encode_rows(x, signs, 128, zero.expand(5, -1), quantizer, 0, offsets, data, state, damaged)
+    assert damaged.tolist() == [0, 1, 0, 0, 1]
+    assert launched == ["_encode_rows"]
+
+
+def test_arguments_that_do_not_fit_are_refused(device: torch.device) -> None:
+    state, bias = torch.zeros(3, 384, dtype=DTYPE, device=device), torch.zeros(192, device=device)
+    out, weight = torch.zeros(3, 192, device=device), torch.zeros(384, 192, dtype=DTYPE, device=device)
+    with pytest.raises(ValueError, match="192 channels in groups of 64 are not whole tiles of 128"):
+        predict(state, 0, weight, bias, 64, out)
+    with pytest.raises(ValueError, match="weight is"):
+        predict(state, 0, weight.float(), bias, 64, out)
+    quantizer = load_quantizer(2, device)
+    offsets, data = laid_out(3, 128, 128, quantizer)
+    with pytest.raises(ValueError, match="offsets is"):
+        decode_rows(
+            data, offsets[:, 1:], quantizer, 128, bias.view(2, -1), torch.zeros(3, 192, device=device)
+        )

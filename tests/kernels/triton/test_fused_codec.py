@@ -1,0 +1,231 @@
+"""AQUA-KV in kernels against the plain codec, and its streams over queues of a device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from aquifer.compression.aqua import AquaCodec
+from aquifer.compression.fused import FusedAquaCodec, fits
+from aquifer.compression.predictors import PredictorCard, Predictors
+from aquifer.compression.raw import RawCodec
+from aquifer.compression.spec import KVSpec
+from aquifer.kernels.rope import apply_rope
+from aquifer.server.engine import device_streams
+from aquifer.server.engine.device_streams import ChainedSegments, HostSlices, LandedLayers
+from aquifer.server.engine.pages import PagePool
+
+# The interpreter truncates to bfloat16 where a device rounds.
+DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float16
+SPEC = KVSpec(num_layers=3, num_kv_heads=2, head_dim=64, dtype=DTYPE, rope="{}")
+C = SPEC.channels
+COUNTS = [4, 8, 3]
+GROUPINGS = [[0, 1, 2], [2], [1, 0]]
+
+
+@pytest.fixture(autouse=True)
+def queues(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """Without a device everything happens at once."""
+    if device.type == "cpu":
+        monkeypatch.setattr(device_streams, "queues_of", lambda device: _NoQueues())
+
+
+class _NoQueue:
+    def here(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()
+
+    def after(self, *events: object) -> None: ...
+
+    def mark(self) -> None: ...
+
+    def hold(self, *tensors: Tensor) -> None: ...
+
+
+class _NoQueues:
+    copies = chain = emits = _NoQueue()
+
+    def callers(self) -> None: ...
+
+    def let_caller_wait(self, event: object) -> None: ...
+
+
+def planted_predictors(generator: torch.Generator) -> Predictors:
+    def weights() -> Tensor:
+        shape = (SPEC.num_layers - 1, 2 * C, C)
+        return (torch.randn(shape, generator=generator) * 0.6 * C**-0.5).bfloat16()
+
+    def biases() -> Tensor:
+        return torch.randn(SPEC.num_layers - 1, C, generator=generator)
+
+    card = PredictorCard("planted", "none", 0, 0, 0.0, 2, [])
+    return Predictors(torch.zeros(C), torch.ones(C), weights(), biases(), weights(), biases(), card)
+
+
+def codec_pair(name: str, device: torch.device) -> tuple[FusedAquaCodec, AquaCodec]:
+    family, _, bits = name.partition(":")
+    predictors = planted_predictors(torch.Generator().manual_seed(2)) if family == "aqua" else None
+    fused, plain = (
+        kind(SPEC, int(bits), predictors, device=device, codec_dtype=DTYPE)
+        for kind in (FusedAquaCodec, AquaCodec)
+    )
+    assert isinstance(fused, FusedAquaCodec)
+    return fused, plain
+
+
+def kv(tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Keys and values [L, T, C]."""
+    shape = (2, SPEC.num_layers, tokens, C)
+    keys, values = (2 * torch.randn(shape, generator=torch.Generator().manual_seed(tokens))).to(device, DTYPE)
+    return keys, values
+
+
+def layers_of(codec: AquaCodec, segments: list[Tensor], counts: list[int]) -> Tensor:
+    """[L, 2, T, C]"""
+    decoder = codec.decoder(counts, segments[0].device)
+    sizes = [[codec.layer_bytes(layer, n) for layer in range(SPEC.num_layers)] for n in counts]
+    by_layer = zip(*(s.split(size) for s, size in zip(segments, sizes, strict=True)), strict=True)
+    return torch.stack([torch.stack(decoder.decode_layer(slices)) for slices in by_layer])
+
+
+@pytest.fixture(params=["aqua:2", "higgs:3"])
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_both_codecs_read_the_same_bytes(name: str, device: torch.device, launched: list[str]) -> None:
+    fused, plain = codec_pair(name, device)
+    keys, values = kv(sum(COUNTS), device)
+    segments = fused.encode(keys, values, COUNTS)
+    assert [s.numel() for s in segments] == [fused.segment_bytes(n) for n in COUNTS]
+    found, expected = (layers_of(codec, segments, COUNTS).float() for codec in (fused, plain))
+    # A value in the middle between two of the state's numbers may go either way, layer after layer.
+    assert (found - expected).norm() < 0.02 * expected.norm()
+    truth = torch.stack((keys, values), dim=1).float()
+    assert (found - truth).norm() < {"2": 0.5, "3": 0.25, "4": 0.15}[name[-1]] * truth.norm()
+    assert fused.fingerprint != plain.fingerprint
+
+
+def test_segments_decode_alike_in_any_grouping(name: str, device: torch.device, launched: list[str]) -> None:
+    """Bit for bit, and to what the encoder had."""
+    fused, _ = codec_pair(name, device)
+    segments = fused.encode(*kv(sum(COUNTS), device), COUNTS)
+    together = dict(enumerate(layers_of(fused, segments, COUNTS).split(COUNTS, dim=2)))
+    for chosen in GROUPINGS:
+        counts = [COUNTS[i] for i in chosen]
+        apart = layers_of(fused, [segments[i] for i in chosen], counts).split(counts, dim=2)
+        assert all(torch.equal(part, together[i]) for part, i in zip(apart, chosen, strict=True))
+
+
+def test_a_segment_does_not_depend_on_its_batch(device: torch.device, launched: list[str]) -> None:
+    fused, _ = codec_pair("aqua:2", device)
+    keys, values = kv(12, device)
+    together = fused.encode(keys, values, [4, 8])
+    alone = fused.encode(keys[:, 4:], values[:, 4:], [8])
+    assert torch.equal(together[1], alone[0])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow")
+def test_values_that_are_not_finite_are_refused(device: torch.device, launched: list[str]) -> None:
+    fused, _ = codec_pair("aqua:2", device)
+    keys, values = kv(12, device)
+    values[2, 7, 5] = torch.nan
+    with pytest.raises(ValueError, match="values that are not finite"):
+        fused.encode(keys, values, [5, 7])
+    encoded = fused.encode_unchecked(keys, values, [5, 7])
+    assert encoded.damaged is not None and encoded.damaged.nonzero().flatten().tolist() == [7]
+    whole = fused.encode(keys[:, :5], values[:, :5], [5])
+    assert torch.equal(encoded.bodies[0], whole[0])
+
+
+def test_only_geometries_of_the_kernels_fit() -> None:
+    def spec(heads: int, head_dim: int) -> KVSpec:
+        return KVSpec(num_layers=2, num_kv_heads=heads, head_dim=head_dim, dtype=DTYPE, rope="{}")
+
+    assert fits(spec(8, 128), torch.bfloat16) and fits(spec(5, 128), torch.float16)
+    assert not fits(spec(8, 128), torch.float32)
+    assert not fits(spec(3, 64), torch.bfloat16)  # 192 channels are no whole tiles
+    assert not fits(spec(8, 96), torch.bfloat16)
+
+
+class Stored:
+    """Segments and sinks in host memory, and what they are worth."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.codec, _ = codec_pair(name, device)
+        self.raw = RawCodec(SPEC)
+        keys, values = kv(4 + sum(COUNTS), device)
+        segments = self.codec.encode(keys[:, 4:].contiguous(), values[:, 4:].contiguous(), COUNTS)
+        (sinks,) = self.raw.encode(keys[:, :4], values[:, :4], [4])
+        self.bodies = [segment.cpu() for segment in segments]
+        self.sinks = self.raw.rows(sinks.cpu())
+        angles = torch.randn(4 + sum(COUNTS), 64, generator=torch.Generator().manual_seed(1)).to(device)
+        self.rope = angles.cos().to(DTYPE), angles.sin().to(DTYPE)
+        self.pre_rope = torch.cat(
+            (torch.stack((keys[:, :4], values[:, :4]), dim=1), layers_of(self.codec, segments, COUNTS)), dim=2
+        )
+
+    def expected(self, first: int) -> Tensor:
+        """Keys after RoPE and values [L, 2, H, T, D] from token `first` on."""
+        rows = self.pre_rope[:, :, first:].unflatten(3, (2, 64)).float()
+        cos, sin = (table[first:].float() for table in self.rope)
+        keys = torch.stack([apply_rope(layer, cos, sin) for layer in rows[:, 0]])
+        return torch.stack((keys, rows[:, 1]), dim=1).transpose(2, 3)
+
+
+@pytest.fixture
+def stored(name: str, device: torch.device) -> Iterator[Stored]:
+    return Stored(name, device)
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    # Decoding to compare with rounds before RoPE as well.
+    torch.testing.assert_close(found.float(), expected, atol=0.06, rtol=0.02)
+
+
+def test_a_stream_gives_layer_after_layer(stored: Stored, launched: list[str]) -> None:
+    segments = ChainedSegments(stored.codec, stored.bodies, COUNTS, SPEC, stored.rope, stored.sinks)
+    assert segments.num_tokens == 4 + sum(COUNTS) and segments.staging_bytes > 0
+    for _ in range(2):
+        stream = segments.open([])
+        for expected in stored.expected(0):
+            close(torch.stack(stream.next_layer()), expected)
+
+
+def test_segments_without_sinks_are_restored_into_pages(
+    stored: Stored, device: torch.device, launched: list[str]
+) -> None:
+    rope = stored.rope[0][4:], stored.rope[1][4:]
+    segments = ChainedSegments(stored.codec, stored.bodies, COUNTS, SPEC, rope, None)
+    pool = PagePool(SPEC, 2 * SPEC.bytes_per_token * 256, device, keep=False)
+    pool.keys.fill_(7), pool.values.fill_(7)
+    total = sum(COUNTS)
+    segments.open([]).restore(pool, [(300, 310), (20, 10 + total)])
+    pages = torch.stack((pool.keys, pool.values), dim=1)
+    expected = stored.expected(4)
+    close(pages[:, :, :, 300:310], expected[:, :, :, :10])
+    close(pages[:, :, :, 20 : 10 + total], expected[:, :, :, 10:])
+    assert (pages[:, :, :, :20] == 7).all() and (pages[:, :, :, 10 + total : 300] == 7).all()
+
+
+def test_sinks_are_restored_as_they_were(stored: Stored, device: torch.device, launched: list[str]) -> None:
+    segments = ChainedSegments(stored.codec, stored.bodies, COUNTS, SPEC, stored.rope, stored.sinks)
+    pool = PagePool(SPEC, SPEC.bytes_per_token * 256, device, keep=False)
+    segments.open([]).restore(pool, [(100, 104 + sum(COUNTS))])
+    pages = torch.stack((pool.keys, pool.values), dim=1)
+    close(pages[:, :, :, 100 : 104 + sum(COUNTS)], stored.expected(0))
+    assert torch.equal(pages[:, 1, :, 100:104], stored.expected(0)[:, 1, :, :4].to(DTYPE))
+
+
+def test_layers_of_any_codec_land_in_order(device: torch.device, launched: list[str]) -> None:
+    raw = RawCodec(SPEC)
+    keys, values = kv(40, device)
+    bodies = [segment.cpu() for segment in raw.encode(keys, values, [24, 16])]
+    sizes = [[raw.layer_bytes(layer, n) for n in (24, 16)] for layer in range(SPEC.num_layers)]
+    slices = HostSlices(raw, bodies, [24, 16], device)
+    next_layer = LandedLayers(slices, raw.decoder([24, 16], device), sizes)
+    for expected in zip(keys, values, strict=True):
+        assert torch.equal(torch.stack(next_layer()), torch.stack(expected))
