@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from queue import SimpleQueue
 from time import perf_counter
@@ -120,10 +120,8 @@ def bench_decode(
             pools = torch.cuda.memory_allocated() - before - load.device_bytes["weights"]
             report.setup |= {"pools_bytes": load.device_capacity_bytes, "pools_allocated_bytes": pools}
         prompts = _plant_all(engine, subject, needs)
-        ours = {
-            name: _Answers(engine, metrics, prompts, needs.new_tokens, mode, decoding.budget, imposed, kind)
-            for name, mode, kind in decoding.cases
-        }
+        stage = _Stage(engine, metrics, needs.new_tokens, decoding.budget, imposed)
+        ours = {name: _Answers(stage, prompts, mode, kind) for name, mode, kind in decoding.cases}
         load_peer = cache(lambda: load_hf(subject))
 
         def maker(name: PeerName) -> Callable[[], Run]:
@@ -156,11 +154,11 @@ def bench_throughput(
     metrics = Metrics()
     with decoding.imposed(subject, needs.tokens) as imposed, engine_for(subject, needs, metrics) as engine:
         prompts = _plant_all(engine, subject, needs)
+        stage = _Stage(engine, metrics, needs.new_tokens, decoding.budget, imposed)
         for case, mode, kind in decoding.cases:
             for count in counts:
                 name = f"{case}, {count} contexts"
-                some, budget = prompts[:count], decoding.budget
-                answers = _Answers(engine, metrics, some, needs.new_tokens, mode, budget, imposed, kind)
+                answers = _Answers(stage, prompts[:count], mode, kind)
                 rows = report.measure([Contestant(name, "ours", answers.run)], repeat)
                 if name not in rows:
                     break  # with more it will not work either
@@ -189,34 +187,56 @@ def _plant_all(engine: Engine, subject: Subject, needs: Needs) -> list[Prompt]:
     return prompts
 
 
+class _Allocated:
+    """Device memory that answers of one engine take beside pages and landmarks, by CUDA's own count."""
+
+    def __init__(self) -> None:
+        self.peak_bytes = 0
+        """Of the last run, with what stayed of those before (recorded steps); 0 without CUDA."""
+        self._stayed_bytes = 0
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        if not torch.cuda.is_initialized():
+            yield
+            return
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield
+        self.peak_bytes = self._stayed_bytes + torch.cuda.max_memory_allocated() - before
+        self._stayed_bytes += torch.cuda.memory_allocated() - before
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What answers of one measurement share. imposed: None leaves the choice of rows alone."""
+
+    engine: Engine
+    metrics: Metrics
+    steps: int
+    budget: float | None
+    imposed: Rows | None
+    allocated: _Allocated = field(default_factory=_Allocated)
+
+
 class _Answers:
     """Answers to several contexts at once, asked for again and again."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        metrics: Metrics,
-        prompts: Sequence[Prompt],
-        steps: int,
-        mode: KVMode,
-        budget: float | None,
-        imposed: Rows | None,
-        rows: RowsKind,
-    ) -> None:
-        self._imposed, self._rows = imposed, rows
-        self._engine, self._metrics, self._prompts = engine, metrics, prompts
-        self._steps, self._mode, self._budget = steps, mode, budget
+    def __init__(self, stage: _Stage, prompts: Sequence[Prompt], mode: KVMode, rows: RowsKind) -> None:
+        self._stage, self._engine = stage, stage.engine
+        self._prompts, self._mode, self._rows = prompts, mode, rows
         self._selected = self._hits = 0.0
         self._drafts = DraftCounts()
-        self._device_bytes = self._kept_bytes = self._transient_bytes = 0
+        self._device_bytes = self._kept_bytes = self._beside_bytes = 0
 
     def run(self) -> float:
         """Seconds per step, from when all of them are being answered until the first one ends."""
-        if self._imposed:
-            self._imposed.use(self._rows)
+        if self._stage.imposed:
+            self._stage.imposed.use(self._rows)
         before = self._row_counts()
-        with self._watched_memory():
+        with self._stage.allocated.watched():
             answers = self._ask()
+        self._beside_bytes = self._stage.allocated.peak_bytes
         selected, hits = (new - old for new, old in zip(self._row_counts(), before, strict=True))
         self._selected += selected
         self._hits += hits
@@ -232,8 +252,8 @@ class _Answers:
         """Device memory for KV while answering, by the engine's books, and on CUDA as allocated; of selected
         rows those already on the device; of drafted tokens those that the check accepted."""
         figures = {"device_kv_bytes": float(self._device_bytes)}
-        if self._transient_bytes:
-            measured = self._kept_bytes + self._transient_bytes
+        if self._beside_bytes:
+            measured = self._kept_bytes + self._beside_bytes
             figures["device_measured_bytes"] = float(measured)
             figures["measured_percent"] = 100 * measured / self._device_bytes
         if self._selected:
@@ -247,9 +267,8 @@ class _Answers:
         queues: list[SimpleQueue[tuple[float, Event]]] = [SimpleQueue() for _ in self._prompts]
         question = tuple(range(FIRST_ID, FIRST_ID + QUESTION_TOKENS))
         for prompt, queue in zip(self._prompts, queues, strict=True):
-            asked = request(
-                prompt + question, self._steps + 1, mode=self._mode, budget=self._budget, store=False
-            )
+            steps, budget = self._stage.steps, self._stage.budget
+            asked = request(prompt + question, steps + 1, mode=self._mode, budget=budget, store=False)
             self._engine.submit(asked, partial(_stamp, queue))
         return [self._times_of(queue) for queue in queues]
 
@@ -273,21 +292,9 @@ class _Answers:
                     self._drafts = self._drafts.plus(event.drafts.drafted, event.drafts.accepted)
                 return times
 
-    @contextmanager
-    def _watched_memory(self) -> Iterator[None]:
-        """On CUDA: see what is allocated at most while answering, besides pages and landmarks, which always
-        are. The last run counts: in the first one graphs are recorded, and keep their memory."""
-        if not torch.cuda.is_initialized():
-            yield
-            return
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        yield
-        self._transient_bytes = torch.cuda.max_memory_allocated() - before
-
     def _row_counts(self) -> tuple[float, float]:
         """Rows that selection chose so far, and those of them that needed no fetch."""
-        registry = self._metrics.registry
+        registry = self._stage.metrics.registry
         names = ("aquifer_selected_tokens_total", "aquifer_selected_hits_total")
         selected, hits = (registry.get_sample_value(name) or 0.0 for name in names)
         return selected, hits
