@@ -110,6 +110,11 @@ class TokenCodec:
         return self.spec.num_layers * (codes + scales * SCALE_BYTES)
 
     @property
+    def row_shapes(self) -> tuple[int, int]:
+        """Bytes of codes and of scales of one token and head: as much for its key as for its value."""
+        return self._code_bytes, self._scale_bytes
+
+    @property
     def row_bytes(self) -> int:
         """Host bytes of one token, head and layer: its key and its value."""
         return 2 * (self._code_bytes + self._scale_bytes)

@@ -2,7 +2,7 @@
 
 Rows lie in page-locked host memory, which the device reads in place; so only the rows that are missing
 travel, and no list of them has to come back to the host first. A row is one token and head: 4-bit codes of
-its key and of its value, then both scales (compression/landmarks.py).
+its key and of its value, and both scales (compression/landmarks.py).
 
 Bytes moved: D + 4 per missing row over the bus, and 2 * D elements written. The bus is the limit, so a few
 programs suffice; more of them would only keep other kernels off the device.
@@ -203,7 +203,7 @@ def _fetch_rows(
         missing = memory(lanes, request, MISSING, tl.int32) + own_set * count
         targets = memory(lanes, request, TARGETS, tl.int32) + own_set * count
         pages = memory(lanes, request, INDEX_PAGES, tl.int32)
-        row_words: tl.constexpr = HEAD_DIM // 4 + 1
+        code_words: tl.constexpr = HEAD_DIM // 8
         word, channel = tl.arange(0, HEAD_DIM // 8), tl.arange(0, HEAD_DIM)
         sign = tl.load(signs + channel) * NORM
         for block in range(part, tl.cdiv(entries, BLOCK), tl.num_programs(0)):
@@ -216,11 +216,11 @@ def _fetch_rows(
             token = tl.load(missing + place, mask=there, other=0)
             index_slot = tl.load(pages + token // PAGE).to(tl.int64) * PAGE + token % PAGE
 
-            row = rows + (index_slot * HEADS + head) * row_words
-            row_of_words, valid = row[:, None] + word[None, :], there[:, None]
-            key_words = tl.load(row_of_words, mask=valid, other=0)
-            value_words = tl.load(row_of_words + HEAD_DIM // 8, mask=valid, other=0)
-            scales = tl.load(row + HEAD_DIM // 4, mask=there, other=0)
+            row, valid = rows + index_slot * (HEADS * (2 * code_words + 1)), there[:, None]
+            key_at = (row + head * code_words)[:, None] + word[None, :]
+            key_words = tl.load(key_at, mask=valid, other=0)
+            value_words = tl.load(key_at + HEADS * code_words, mask=valid, other=0)
+            scales = tl.load(row + HEADS * 2 * code_words + head, mask=there, other=0)
             key_scale = scales.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
             value_scale = (scales >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
@@ -250,19 +250,19 @@ def fetch_rows(
 
     lanes: int64 [B, fields]; num_missing: int32 [B, S], as `find_rows` left them; S is 1 (one set for all
         heads) or H (one per head)
-    rows: uint8 [index slots, H, D + 4] in page-locked host memory, as TokenCodec encodes them; D is 64 or 128
+    rows: uint8 [index slots, H * (D + 4)] in page-locked host memory: key codes of all heads, value codes,
+        scales (see IndexPool); D is 64 or 128
     grid: float32 [256, 2]; signs: float32 [D]; means: float32 [H, D], of the keys of this layer
     keys, values: [H, slots, D], the pool of one layer, any float dtype, the slots of a head side by side
     programs: about how many blocks of rows are in work at a time; limits what the kernel takes of the device.
         The default is to be measured.
     Twin: aquifer.compression.landmarks.TokenCodec.decode_rows, and an assignment.
     """
-    index_slots, heads, _ = rows.shape
+    heads, _, head_dim = keys.shape
     requests, sets = num_missing.shape
-    head_dim = keys.shape[2]
     expect("lanes", lanes, (requests, FIELDS.value), torch.int64)
     expect("num_missing", num_missing, (None, None), torch.int32)
-    expect("rows", rows, (index_slots, heads, head_dim + SCALES_BYTES), torch.uint8)
+    expect("rows", rows, (None, heads * (head_dim + SCALES_BYTES)), torch.uint8)
     expect("grid", grid, (256, 2), torch.float32)
     expect("signs", signs, (head_dim,), torch.float32)
     expect("means", means, (heads, head_dim), torch.float32)

@@ -20,7 +20,9 @@ class IndexPool(PageAllocator):
     """Paged landmarks and rows of all layers.
 
     codes: uint8 [L, P*256, C/4], scales: float16 [L, P*256, C/G], both on the device
-    rows: uint8 [L, P*256, H, row bytes] in host memory
+    rows: uint8 [L, P*256, H * row bytes] in host memory: of each token the key codes of all heads, then their
+        value codes, then their scales. A device that reads them over the bus gets 32 bytes at a time, at
+        multiples of 32; codes of heads lie on these, rows with their scales in between would not.
     The first four slots of a prompt's first page are the sinks'; they are never looked up, because
     sinks are always attended to.
     """
@@ -33,7 +35,7 @@ class IndexPool(PageAllocator):
         code_bytes, num_scales = codec.landmark_shapes
         self.codes = torch.empty(spec.num_layers, slots, code_bytes, dtype=torch.uint8, device=device)
         self.scales = torch.empty(spec.num_layers, slots, num_scales, dtype=torch.float16, device=device)
-        shape = (spec.num_layers, slots, spec.num_kv_heads, codec.row_bytes)
+        shape = (spec.num_layers, slots, spec.num_kv_heads * codec.row_bytes)
         self.rows = torch.empty(shape, dtype=torch.uint8)
 
     @property
@@ -52,14 +54,28 @@ class IndexPool(PageAllocator):
         keys (after RoPE), values: [H, T, D], T = total length of the runs.
         """
         encoded = self.codec.encode(layer, keys.transpose(0, 1), values.transpose(0, 1))
-        rows = encoded.rows.to(self.rows.device)
+        rows = torch.cat([part.flatten(1) for part in encoded.rows.split(self._parts, dim=2)], dim=1)
         done = 0
         for first, last in runs:
             part = slice(done, done + last - first)
             self.codes[layer, first:last] = encoded.codes[part]
             self.scales[layer, first:last] = encoded.scales[part]
-            self.rows[layer, first:last] = rows[part]
+            # From a device into page-locked memory, in the order of what else runs there.
+            self.rows[layer, first:last].copy_(rows[part], non_blocking=True)
             done += last - first
+
+    def read(self, layer: int, slots: Tensor, heads: Tensor) -> Tensor:
+        """Rows uint8 [N, row bytes] of one layer, as the codec decodes them. slots, heads: int64 [N], on the
+        host."""
+        num_heads = self.codec.spec.num_kv_heads
+        parts = self.rows[layer].split([num_heads * size for size in self._parts], dim=1)
+        return torch.cat([part.unflatten(1, (num_heads, -1))[slots, heads] for part in parts], dim=1)
+
+    @property
+    def _parts(self) -> list[int]:
+        """Bytes of one row: of its key's codes, of its value's codes, and of both scales."""
+        codes, scales = self.codec.row_shapes
+        return [codes, codes, 2 * scales]
 
 
 def index_pages(codec: TokenCodec, row_bytes: int, device_bytes: int) -> int:

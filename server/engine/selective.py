@@ -135,9 +135,10 @@ class RowCache:
         heads = self._heads.repeat(len(token)) if self._shared else set_of
         if self._shared:
             slot = slot.repeat_interleave(len(self._heads))
-        host = self._index.rows[layer]
-        where = self._tokens[token].to(host.device)
-        rows = host[where].flatten(0, 1) if self._shared else host[where, set_of.to(host.device)]
+        where = self._tokens[token].to(self._index.rows.device)
+        if self._shared:
+            where = where.repeat_interleave(len(self._heads))
+        rows = self._index.read(layer, where, heads.to(where.device))
         keys, values = self._index.codec.decode_rows(layer, heads, rows.to(slot.device))
         self._pool.keys[layer][heads, slot] = keys.to(self._pool.keys.dtype)
         self._pool.values[layer][heads, slot] = values.to(self._pool.values.dtype)

@@ -33,12 +33,10 @@ class Case:
 
     def expected(self, layer: int, chosen: Tensor) -> Tensor:
         """Keys [H, K, D] as their rows say, read straight from the index."""
-        rows = self.index.rows[layer, 256 + chosen.cpu()].to(DEVICE)  # [S, K, H, bytes]
-        heads = torch.arange(2, device=DEVICE)
-        own = rows[0].transpose(0, 1) if len(chosen) == 1 else torch.stack([rows[h, :, h] for h in heads])
-        keys, _ = self.index.codec.decode_rows(
-            layer, heads.repeat_interleave(own.shape[1]), own.flatten(0, 1)
-        )
+        per_head = chosen.expand(2, -1)
+        heads = torch.arange(2).repeat_interleave(chosen.shape[1])
+        rows = self.index.read(layer, 256 + per_head.flatten().cpu(), heads)
+        keys, _ = self.index.codec.decode_rows(layer, heads.to(DEVICE), rows.to(DEVICE))
         return keys.view(2, -1, 16)
 
 

@@ -112,8 +112,10 @@ class Layer:
         keys, values = (torch.randn(768, heads, head_dim, generator=generator).to(device) for _ in "kv")
         encoded = self.codec.encode(1, keys + means[1].view(heads, head_dim).to(device), values)
         self.rows = encoded.rows.cpu()
+        parts = self.rows.split([head_dim // 2, head_dim // 2, 4], dim=2)
+        self.packed = torch.cat([part.flatten(1) for part in parts], dim=1)
         if device.type == "cuda":
-            self.rows = self.rows.pin_memory()
+            self.packed = self.packed.pin_memory()
         self.keys, self.values = (
             torch.full((heads, 300, head_dim), UNTOUCHED, dtype=dtype, device=device) for _ in "kv"
         )
@@ -121,7 +123,7 @@ class Layer:
     def fetch(self, lanes: Tensor, num_missing: Tensor, **sizes: int) -> None:
         grid, signs = load_quantizer(4, self.keys.device).grid, self.codec.signs
         means = self.codec.means[1]
-        fetch_rows(lanes, num_missing, self.rows, grid, signs, means, self.keys, self.values, **sizes)
+        fetch_rows(lanes, num_missing, self.packed, grid, signs, means, self.keys, self.values, **sizes)
 
     def expected(self, wanted: list[tuple[Lane, list[int]]]) -> tuple[Tensor, Tensor]:
         """The pool after the plain code fetched the first so many rows of every set."""
@@ -202,6 +204,6 @@ def test_arguments_that_do_not_fit_are_refused(device: torch.device) -> None:
     layer.values = layer.values.transpose(0, 1).contiguous().transpose(0, 1)
     with pytest.raises(ValueError, match="values has strides"):
         layer.fetch(lanes, none)
-    layer.rows = layer.rows[:, :, 1:]
+    layer.packed = layer.packed[:, 1:]
     with pytest.raises(ValueError, match="rows is"):
         layer.fetch(lanes, none)
