@@ -110,9 +110,14 @@ class Rows:
 
     def use(self, kind: RowsKind) -> None:
         """From the next request on. Answers longer than the trace's repeat it, less its first step."""
+        self._missed.copy_(self._misses(kind))
+        if self._missed.is_cuda:
+            torch.cuda.synchronize(self._missed.device)  # engines read it on streams of their own
+
+    def _misses(self, kind: RowsKind) -> Tensor:
+        """float32, broadcasts to what is read."""
         if kind == "own":
-            self._missed.fill_(-1.0)
-            return
+            return torch.tensor(-1.0)
         layers, heads, _ = self._missed.shape
         hits = (
             SelectionTrace.load().for_model(layers, heads)
@@ -122,7 +127,7 @@ class Rows:
         step = torch.arange(_STEPS)
         again = 1 + (step - 1) % max(1, len(hits) - 1)
         order = torch.where(step < len(hits), step, again.clamp(max=len(hits) - 1))
-        self._missed.copy_((1 - hits[order]).cumsum(0).permute(1, 2, 0))
+        return (1 - hits[order]).cumsum(0).permute(1, 2, 0)
 
     @contextmanager
     def imposed(self) -> Iterator[None]:
