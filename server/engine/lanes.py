@@ -81,7 +81,7 @@ class SelectiveLanes:
         device = parts.pool.keys.device
         self._pool, self._index, self._metrics = parts.pool, parts.index, parts.metrics
         self._fetched_bytes = parts.metrics.fetched_bytes.labels(mode="selective")
-        self._shared, self._layers = parts.limits.shared_selection, spec.num_layers
+        self._shared = parts.limits.shared_selection
         self._sets = 1 if self._shared else spec.num_kv_heads
         # (Token, head) pairs in what counts as one.
         self._rows_each = spec.num_kv_heads if self._shared else 1
@@ -91,7 +91,6 @@ class SelectiveLanes:
         self._lists = torch.zeros(most, self._sets, LISTED_TOKENS, dtype=torch.int32, device=device)
         self._lengths = torch.zeros(most, dtype=torch.int32, device=device)
         self._counters = torch.zeros(2, dtype=torch.int64, device=device)
-        self._counted = torch.zeros(2, dtype=torch.int64, pin_memory=pinned)
         self._reported = [0, 0]
         self._running_bytes = 0
 
@@ -126,13 +125,12 @@ class SelectiveLanes:
         fetch_rows(lanes, missing, index.rows[layer], *decoded, keys, values)
         slots = lists[:, 0] if self._shared else lists
         out, _ = attend_pages(q, keys, values, slots, lengths, page_tokens=1)
-        if layer == self._layers - 1:
-            self._counted.copy_(self._counters, non_blocking=True)
         return out
 
     def done(self) -> None:
-        chosen, fetched = (int(now) - old for now, old in zip(self._counted, self._reported, strict=True))
-        self._reported = self._counted.tolist()
+        counted = self._counters.tolist()  # the device is idle anyway
+        chosen, fetched = (now - old for now, old in zip(counted, self._reported, strict=True))
+        self._reported = counted
         self._metrics.selected_tokens.inc(chosen * self._rows_each)
         self._metrics.selected_hits.inc((chosen - fetched) * self._rows_each)
         self._fetched_bytes.inc(fetched * self._rows_each * self._index.codec.row_bytes)

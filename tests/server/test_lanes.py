@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import pytest
-from asking import answer, ask, prompt
+from asking import answer, ask, prompt, submit
 from tiny_models import DEVICE, greedy_reference, tiny_model
 
 from aquifer.server.engine import graphs, selective
@@ -15,7 +15,7 @@ MakeEngine = Callable[..., Engine]
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_answers_equal_those_of_plain_selective_decoding(
+def test_with_the_whole_prompt_chosen_answers_equal_those_of_plain_steps(
     shared: bool, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model("llama", head_dim=64)
@@ -24,13 +24,21 @@ def test_answers_equal_those_of_plain_selective_decoding(
     for module in (graphs, selective):
         monkeypatch.setattr(module, "selects_on_device", lambda parts: False)
     plain = make_engine(model, shared_selection=shared)
-    asked = [(prompt(seed, length), budget) for seed, length, budget in ((1, 700, 1.0), (2, 1300, 0.3))]
-    expected = [answer(plain, ask(ids, 8, mode="selective", budget=budget))[0] for ids, budget in asked]
+    prompts = [prompt(1, 700), prompt(2, 1300)]
+    expected = [answer(plain, ask(ids, 8, mode="selective", budget=1.0))[0] for ids in prompts]
     monkeypatch.undo()
-    found = [answer(recorded, ask(ids, 8, mode="selective", budget=budget))[0] for ids, budget in asked]
+    found = [answer(recorded, ask(ids, 8, mode="selective", budget=1.0))[0] for ids in prompts]
     assert found == expected
-    again = [answer(recorded, ask(ids, 8, mode="selective", budget=budget))[0] for ids, budget in asked]
-    assert again == expected
+
+
+def test_a_request_answers_alike_alone_and_beside_others(make_engine: MakeEngine) -> None:
+    engine = make_engine(tiny_model("llama", head_dim=64))
+    requests = [(prompt(seed, length), 0.2) for seed, length in ((1, 700), (2, 1300), (3, 2000))]
+    alone = [answer(engine, ask(ids, 12, mode="selective", budget=budget))[0] for ids, budget in requests]
+    events = [submit(engine, ask(ids, 12, mode="selective", budget=budget)) for ids, budget in requests]
+    for one, expected in zip(events, alone, strict=True):
+        one.wait()
+        assert one.tokens == expected
 
 
 def test_verified_answers_equal_those_of_generate(make_engine: MakeEngine) -> None:

@@ -32,7 +32,7 @@ def table(lanes: list[Lane | None], device: torch.device) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
-    ("heads", "group", "head_dim", "first"), [(1, 1, 64, 0), (2, 3, 64, 4), (1, 4, 128, 4)]
+    ("heads", "group", "head_dim", "first"), [(1, 1, 64, 0), (2, 3, 64, 4), (1, 6, 64, 4), (1, 4, 128, 4)]
 )
 def test_scores_of_many_requests_equal_their_twin(
     heads: int,
