@@ -68,6 +68,15 @@ def _figures(kernel: Kernel, seconds: float, limits: Limits) -> dict[str, float]
 
 
 def _codec_kernels(subject: Subject, tokens: int) -> list[Kernel]:
+    """What the engine uses on this device."""
+    if subject.codec(f"higgs:{BITS}").chain is None:
+        return _plain_codec_kernels(subject, tokens)
+    from aquifer.benchmarks.device_kernels import codec_work
+
+    return [Kernel(*work) for work in codec_work(subject, tokens, BITS)]
+
+
+def _plain_codec_kernels(subject: Subject, tokens: int) -> list[Kernel]:
     device, channels = subject.device, subject.spec.channels
     state_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     group = hadamard_group(channels)

@@ -12,6 +12,9 @@ from aquifer.compression.predictors import Predictors
 from aquifer.compression.raw import RawCodec
 from aquifer.compression.spec import Encoded, KVSpec
 
+FUSED_FROM = (9, 0)
+"""Compute capability for which the codec's kernels are made: their tiles fill a Hopper's shared memory."""
+
 
 class Codec(Protocol):
     """Turns pre-RoPE keys and values into segments of bytes and back.
@@ -97,7 +100,7 @@ def make_codec(
             f"predictors for {predictors.num_layers} layers of {predictors.channels} channels do not fit "
             f"{spec.num_layers} layers of {spec.channels}: calibrate this model with `aquifer calibrate`"
         )
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= FUSED_FROM:
         from aquifer.compression.fused import FusedAquaCodec, fits
 
         if fits(spec, codec_dtype):

@@ -79,12 +79,13 @@ class FusedAquaCodec(AquaCodec):
         state = StateRing(self, tokens, device)
         for layer, coders in enumerate(self.coders):
             for half, rows in zip(Half, (keys, values), strict=True):
+                number = int(half)  # kernels take plain integers
                 coder, bias = coders[half], self.biases[layer][half]
                 if coder.weight is None:
                     expected = bias.expand(tokens, -1)
                 else:
                     inputs = state.inputs(layer, half)
-                    predict(inputs, half, coder.weight, bias, self.rotation.group, prediction)
+                    predict(inputs, number, coder.weight, bias, self.rotation.group, prediction)
                     expected = prediction
                 encode_rows(
                     rows[layer],
@@ -92,7 +93,7 @@ class FusedAquaCodec(AquaCodec):
                     self.rotation.group,
                     expected,
                     coder.quantizer,
-                    half,
+                    number,
                     offsets[layer],
                     data,
                     state.half(layer, half),
@@ -198,7 +199,9 @@ class FusedDecoder:
         if coder.weight is not None:
             inputs, out = state.inputs(layer, half), state.half(layer, half)
             quantizer = coder.quantizer
-            predict_and_add(inputs, half, coder.weight, biases[half], group, data, offsets, quantizer, out)
+            predict_and_add(
+                inputs, int(half), coder.weight, biases[half], group, data, offsets, quantizer, out
+            )
         elif half is Half.VALUES:  # both halves at once, now that none of the layer before is needed
             decode_rows(data, offsets, coder.quantizer, group, biases, state.both(layer))
 

@@ -39,18 +39,18 @@ COLUMNS = 128
 
 @triton.jit
 def _point(codes: tl.tensor, point: tl.tensor, there: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
-    """Indices [T, P] of points from packed rows. codes: [T] pointers to rows; there: [T, 1]."""
+    """Indices uint8 [T, P] of points from packed rows. codes: [T] pointers to rows; there: [T, 1]."""
     # Rows of codes are whole units of 16 bytes and begin at one.
     codes = tl.multiple_of(codes, 16)
-    if BITS == 8:
-        return tl.load(codes[:, None] + point[None, :], mask=there, other=0)
     first_bit = point * BITS
     byte = codes[:, None] + (first_bit // 8)[None, :]
-    shift = first_bit % 8
-    spills = there & (shift + BITS > 8)[None, :]
-    index = tl.load(byte, mask=there, other=0).to(tl.int32)
-    index = index | (tl.load(byte + 1, mask=spills, other=0).to(tl.int32) << 8)
-    return (index >> shift[None, :]) & ((1 << BITS) - 1)
+    index = tl.load(byte, mask=there, other=0)
+    if BITS < 8:
+        shift = first_bit % 8
+        spills = there & (shift + BITS > 8)[None, :]
+        behind = tl.load(byte + 1, mask=spills, other=0).to(tl.int32) << 8
+        index = (((index.to(tl.int32) | behind) >> shift[None, :]) & ((1 << BITS) - 1)).to(tl.uint8)
+    return index
 
 
 @triton.jit

@@ -32,7 +32,8 @@ def _gather(
 ) -> None:
     """Chunks of WORDS words of 4 bytes, in turns with the other programs."""
     lane = tl.arange(0, WORDS)
-    for chunk in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
+    chunk = tl.program_id(0)
+    while chunk < num_chunks:
         piece = chunk // chunks_per_slice
         word = (chunk % chunks_per_slice) * WORDS + lane
         there = word < tl.load(sizes + piece) // 4
@@ -40,6 +41,7 @@ def _gather(
         place = (target + tl.load(places + piece)).to(tl.pointer_type(tl.int32))
         data = tl.load(tl.multiple_of(source, 16) + word, mask=there)
         tl.store(tl.multiple_of(place, 16) + word, data, mask=there)
+        chunk += tl.num_programs(0)
 
 
 def gather_slices(

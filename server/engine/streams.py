@@ -26,7 +26,7 @@ from aquifer.server.metrics import Metrics
 from aquifer.server.models.adapter import DecoderAdapter
 
 if TYPE_CHECKING:
-    from aquifer.server.engine.device_streams import ChainedSegments
+    from aquifer.server.engine.device_streams import ChainedSegments, HostSlices
 
 
 @dataclass(frozen=True)
@@ -137,22 +137,29 @@ class _Records:
         self, codec: Codec, records: Sequence[StoredRecord], counts: Sequence[int], device: torch.device
     ) -> None:
         self._codec, self._counts, self._device = codec, counts, device
-        self._bodies = [_as_tensor(record.body) for record in records]
+        bodies = [_as_tensor(record.body) for record in records]
         layers = range(codec.spec.num_layers)
         sizes = {count: [codec.layer_bytes(layer, count) for layer in layers] for count in set(counts)}
-        self._sizes = [sizes[count] for count in counts]
+        by_record = [sizes[count] for count in counts]
+        self._sizes = list(zip(*by_record, strict=True))
+        self._slices: HostSlices | None = None
+        if device.type == "cuda":
+            from aquifer.server.engine.device_streams import HostSlices
+
+            self._slices = HostSlices(codec, bodies, counts, device)
+        else:
+            parts = [body.split(own) for body, own in zip(bodies, by_record, strict=True)]
+            self._by_layer = [list(slices) for slices in zip(*parts, strict=True)]
 
     def open(self) -> Callable[[], tuple[Tensor, Tensor]]:
         """What gives the next decoded layer at each call: keys and values [T, C] before RoPE."""
         decoder = self._codec.decoder(self._counts, self._device)
-        if self._device.type == "cuda":
-            from aquifer.server.engine.device_streams import HostSlices, LandedLayers
+        if self._slices is not None:
+            from aquifer.server.engine.device_streams import LandedLayers
 
-            slices = HostSlices(self._codec, self._bodies, self._counts, self._device)
-            return LandedLayers(slices, decoder, list(zip(*self._sizes, strict=True)))
-        bodies = [body.split(sizes) for body, sizes in zip(self._bodies, self._sizes, strict=True)]
-        by_layer = iter([list(slices) for slices in zip(*bodies, strict=True)])
-        return lambda: decoder.decode_layer(next(by_layer))
+            return LandedLayers(self._slices, decoder, self._sizes)
+        layers = iter(self._by_layer)
+        return lambda: decoder.decode_layer(next(layers))
 
 
 def joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -11,13 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 import triton
+from tiny_models import FAMILIES, SHAPE
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction, KernelInterface
 
+from aquifer.benchmarks.selection_cuda import imposed_on_lanes
 from aquifer.compression.aqua import load_quantizer
+from aquifer.compression.fused import FusedAquaCodec
+from aquifer.compression.predictors import PredictorCard, Predictors
+from aquifer.compression.spec import SINK_TOKENS, KVSpec
+from aquifer.kernels.backend import triton_backend
 from aquifer.kernels.triton.attention import attend_pages, merge_parts
-from aquifer.kernels.triton.chain import decode_rows, encode_rows, predict, predict_and_add
 from aquifer.kernels.triton.emit import emit
 from aquifer.kernels.triton.gather import gather_slices
 from aquifer.kernels.triton.higgs import higgs_decode_add, higgs_encode
@@ -27,6 +32,11 @@ from aquifer.kernels.triton.norms import add_rms_norm, rms_norm, swiglu
 from aquifer.kernels.triton.rope import rotate_and_store
 from aquifer.kernels.triton.rows import fetch_rows, find_rows
 from aquifer.kernels.triton.select import select_tokens
+from aquifer.server.engine import lanes as engine_lanes
+from aquifer.server.engine.graphs import GraphedStep, PagedLanes
+from aquifer.server.engine.pages import BlockTable, PagePool
+from aquifer.server.engine.runner import ModelRunner, PagedCache, Rows
+from aquifer.server.models.adapter import DecoderAdapter
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED_MEMORY_BYTES = 232_448  # of one block on an H100 or H200
@@ -34,6 +44,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 HEADS, GROUP, HEAD_DIM, PAGES = 8, 4, 128, 16
 SLOTS = PAGES * 256
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class _NoDevice:
@@ -89,38 +100,91 @@ def int32(*shape: int) -> torch.Tensor:
     return torch.zeros(shape, dtype=torch.int32)
 
 
-@pytest.mark.parametrize("sets", [1, HEADS])
-def test_selecting_tokens_compiles(sets: int, compiled: _Compiled) -> None:
-    lanes, lists = torch.zeros(2, len(NOBODY), dtype=torch.int64), int32(2, sets, 512)
-    lay_out(lanes, lists, int32(2), sinks=4)
-    partial_lse = score_landmarks(
-        torch.zeros(2, HEADS * GROUP, HEAD_DIM, dtype=torch.bfloat16),
-        torch.ones(HEAD_DIM),
-        torch.zeros(SLOTS, HEADS * HEAD_DIM // 4, dtype=torch.uint8),
-        torch.zeros(SLOTS, HEADS, dtype=torch.float16),
-        torch.zeros(256, 4),
-        lanes,
-        first=4,
-    )
-    select_tokens(lanes, partial_lse, sets, first=4)
-    find_rows(lanes, 3, lists, torch.zeros(2, dtype=torch.int64), sinks=4)
-    expected = ["_lay_out", "_tabulate", "_score", "_rank", "_refine", "_choose", "_find_rows"]
-    assert compiled == expected
+@pytest.mark.parametrize(
+    ("shared", "head_dim", "group", "dtype"),
+    [
+        (False, 64, 7, torch.float32),
+        (True, 64, 1, torch.float16),
+        (False, 128, 4, torch.bfloat16),
+        (True, 128, 8, torch.bfloat16),
+    ],
+)
+def test_a_layer_of_selective_decoding_compiles(
+    shared: bool, head_dim: int, group: int, dtype: torch.dtype, compiled: _Compiled
+) -> None:
+    """As the engine launches it."""
+    requests, sets, first = 2, (1 if shared else HEADS), SINK_TOKENS
+    lanes = torch.zeros(requests, len(NOBODY), dtype=torch.int64)
+    lists, lengths = int32(requests, sets, 1 << 15), int32(requests)
+    q = torch.zeros(requests, HEADS * group, head_dim, dtype=dtype)
+    pool, signs = torch.zeros(HEADS, SLOTS, head_dim, dtype=dtype), torch.ones(head_dim)
+    codes = torch.zeros(SLOTS, HEADS * head_dim // 4, dtype=torch.uint8)
+    scales = torch.zeros(SLOTS, HEADS, dtype=torch.float16)
+    rows = torch.zeros(SLOTS, HEADS * (head_dim + 4), dtype=torch.uint8)
+    lay_out(lanes, lists, lengths, sinks=first)
+    partial_lse = score_landmarks(q, signs, codes, scales, torch.zeros(256, 4), lanes, first=first)
+    select_tokens(lanes, partial_lse, sets, first=first)
+    for layer in (0, 1, 16):
+        missing = find_rows(lanes, layer, lists, torch.zeros(2, dtype=torch.int64), sinks=first)
+    means = torch.zeros(HEADS, head_dim)
+    fetch_rows(lanes, missing, rows, torch.zeros(256, 2), signs, means, pool, pool)
+    attend_pages(q, pool, pool, lists[:, 0] if shared else lists, lengths, page_tokens=1)
+    assert list(dict.fromkeys(compiled)) == [
+        *("_lay_out", "_tabulate", "_score", "_rank", "_refine", "_choose", "_find_rows", "_fetch_rows"),
+        *("_attend_split", "_merge_splits"),
+    ]
 
 
 @pytest.mark.parametrize("page_tokens", [1, 256])
-def test_attention_compiles(page_tokens: int, compiled: _Compiled) -> None:
-    pool = torch.zeros(HEADS, SLOTS, HEAD_DIM, dtype=torch.bfloat16)
-    q = torch.zeros(2, HEADS * GROUP, HEAD_DIM, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("head_dim", [16, 64, 128, 256])
+def test_attention_compiles(head_dim: int, dtype: torch.dtype, page_tokens: int, compiled: _Compiled) -> None:
+    pool = torch.zeros(HEADS, SLOTS, head_dim, dtype=dtype)
+    q = torch.zeros(2, HEADS * GROUP, head_dim, dtype=dtype)
     attend_pages(q, pool, pool, int32(2, SLOTS // page_tokens), int32(2), page_tokens=page_tokens)
     assert compiled == ["_attend_split", "_merge_splits"]
 
 
-@pytest.mark.parametrize("count", [2, 8])
-def test_merging_attention_compiles(count: int, compiled: _Compiled) -> None:
-    out = torch.zeros(512, HEADS * GROUP, HEAD_DIM, dtype=torch.bfloat16).transpose(0, 1)
-    merge_parts([(out, torch.zeros(HEADS * GROUP, 512))] * count)
-    assert compiled == ["_merge_parts"]
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"), [(128, torch.bfloat16), (64, torch.float16), (256, torch.float32)]
+)
+def test_merging_attention_compiles(head_dim: int, dtype: torch.dtype, compiled: _Compiled) -> None:
+    """Of one row and of many, in the layouts that attention over pieces has."""
+    for count, rows in ((2, 1), (2, 512), (8, 512)):
+        by_token = torch.zeros(rows, HEADS * GROUP, head_dim, dtype=dtype).transpose(0, 1)
+        by_head = by_token.contiguous()
+        lse = torch.zeros(HEADS * GROUP, rows)
+        merge_parts([(by_token, lse), (by_head, torch.zeros(HEADS * GROUP, 544)[:, :rows])] * (count // 2))
+    assert compiled == 3 * ["_merge_parts"]
+
+
+@pytest.mark.parametrize(
+    ("family", "head_dim", "dtype"),
+    [
+        ("llama", 128, torch.bfloat16),
+        ("llama", 16, torch.float32),
+        ("qwen2", 64, torch.float16),
+        ("qwen3", 128, torch.bfloat16),
+        ("qwen3", 128, torch.float32),
+    ],
+)
+def test_what_a_step_and_a_chunk_launch_compiles(
+    family: str, head_dim: int, dtype: torch.dtype, compiled: _Compiled
+) -> None:
+    """As the engine launches it: one row and many, a few tokens and a chunk."""
+    config_class, model_class, extra = FAMILIES[family]
+    sizes = {"hidden_size": 256, "num_attention_heads": 8, "head_dim": head_dim, "num_hidden_layers": 1}
+    model = model_class(config_class(**{**SHAPE, **extra, **sizes})).to(dtype)
+    adapter = DecoderAdapter(model, max_tokens=4096, backend=triton_backend())
+    pool = PagePool(adapter.spec, 4 * 256 * adapter.spec.bytes_per_token, torch.device("cpu"), keep=False)
+    step = GraphedStep(adapter, pool, PagedLanes(pool, adapter.backend, 8, 4), 8, memory=None)
+    runner = ModelRunner(adapter, pool, [step])
+    cache = PagedCache(pool, BlockTable([2, 0, 1]))
+    for count in (1, 3, 300):
+        runner.prefill([7] * count, 0, cache)
+    for count in (1, 2, 5):
+        runner.step([Rows([7], 300, cache)] * count)
+    assert {"_rms_norm", "_swiglu", "_rotate_store", "_attend_split", "_merge_splits"} == set(compiled)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -136,50 +200,58 @@ def test_decoding_and_encoding_compile(bits: int, compiled: _Compiled) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sets", "dtype"), [(1, torch.bfloat16), (HEADS, torch.bfloat16), (1, torch.float32)]
+    ("heads", "head_dim", "dtype", "tokens"),
+    [
+        (HEADS, HEAD_DIM, torch.bfloat16, 256),
+        (HEADS, HEAD_DIM, torch.bfloat16, 1),
+        (HEADS, HEAD_DIM, torch.float32, 252),
+        (2, 64, torch.bfloat16, 252),
+        (5, 128, torch.float16, 256),
+    ],
 )
-def test_fetching_rows_compiles(sets: int, dtype: torch.dtype, compiled: _Compiled) -> None:
-    pool = torch.zeros(HEADS, SLOTS, HEAD_DIM, dtype=dtype)
-    fetch_rows(
-        torch.zeros(2, len(NOBODY), dtype=torch.int64),
-        int32(2, sets),
-        torch.zeros(SLOTS, HEADS * (HEAD_DIM + 4), dtype=torch.uint8),
-        torch.zeros(256, 2),
-        torch.ones(HEAD_DIM),
-        torch.zeros(HEADS, HEAD_DIM),
-        pool,
-        pool,
-    )
-    assert compiled == ["_fetch_rows"]
-
-
-@pytest.mark.parametrize(
-    ("heads", "head_dim", "dtype"),
-    [(HEADS, HEAD_DIM, torch.bfloat16), (HEADS, HEAD_DIM, torch.float32), (2, 64, torch.bfloat16)],
-)
-def test_emitting_compiles(heads: int, head_dim: int, dtype: torch.dtype, compiled: _Compiled) -> None:
+def test_emitting_compiles(
+    heads: int, head_dim: int, dtype: torch.dtype, tokens: int, compiled: _Compiled
+) -> None:
     channels = heads * head_dim
-    pool = torch.zeros(heads, SLOTS, head_dim, dtype=dtype)
-    state, angles = torch.zeros(64, 2 * channels, dtype=dtype), torch.zeros(64, head_dim, dtype=dtype)
-    emit(state, torch.ones(channels), channels, (angles, angles), int32(64), pool, pool)
+    pool = torch.zeros(2, heads, SLOTS, head_dim, dtype=dtype)
+    state = torch.zeros(tokens, 3 * channels, dtype=torch.bfloat16)[:, channels:]
+    angles, slots = torch.zeros(tokens, head_dim, dtype=dtype), torch.zeros(tokens, dtype=torch.int64)
+    emit(state, torch.ones(channels), channels & -channels, (angles, angles), slots, *pool)
     assert compiled == ["_emit"]
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_a_step_of_the_chain_compiles(bits: int, compiled: _Compiled) -> None:
-    quantizer = load_quantizer(bits, torch.device("cpu"))
-    channels = HEADS * HEAD_DIM
-    ring = torch.zeros(64, 3 * channels, dtype=torch.bfloat16)
-    state, half = ring[:, : 2 * channels], ring[:, 2 * channels :]
-    weight, bias = torch.zeros(2 * channels, channels, dtype=torch.bfloat16), torch.zeros(2, channels)
-    data, offsets, wide = torch.zeros(64, dtype=torch.uint8), int32(4, 64), torch.zeros(64, channels)
-    decode_rows(data, offsets, quantizer, channels, bias, state)
-    predict(state, 0, weight, bias[0], channels, wide)
-    encode_rows(half, bias[0], channels, wide, quantizer, 1, offsets, data, half, int32(64))
-    assert compiled == ["_decode_rows", "_step", "_encode_rows"]
-    # Its epilogue holds a tile and its residual: some registers go to memory, once per tile.
-    compiled.spills_bytes = 600
-    predict_and_add(state, 1, weight, bias[1], channels, data, offsets, quantizer, half)
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "name", "tokens"),
+    [
+        (HEADS, HEAD_DIM, "aqua:2", 256),
+        (HEADS, HEAD_DIM, "aqua:2", 1),
+        (HEADS, HEAD_DIM, "aqua:3", 252),
+        (HEADS, HEAD_DIM, "aqua:4", 252),
+        (2, 64, "aqua:2", 252),
+        (3, 128, "higgs:3", 256),
+    ],
+)
+def test_the_fused_codec_compiles(
+    heads: int, head_dim: int, name: str, tokens: int, compiled: _Compiled
+) -> None:
+    """Everything that a codec launches, as it launches it."""
+    compiled.spills_bytes = 600  # a step holds a tile and its residual, once per tile
+    dtype, cpu = torch.bfloat16, torch.device("cpu")
+    spec = KVSpec(num_layers=2, num_kv_heads=heads, head_dim=head_dim, dtype=dtype, rope="{}")
+    channels, bits = spec.channels, int(name[-1])
+    predictors = None
+    if name.startswith("aqua"):
+        zeros, weights = torch.zeros(1, channels), torch.zeros(1, 2 * channels, channels, dtype=dtype)
+        card = PredictorCard("none", "none", 0, 0, 0.0, bits, [])
+        predictors = Predictors(zeros[0], zeros[0], weights, zeros, weights, zeros, card)
+    codec = FusedAquaCodec(spec, bits, predictors, device=cpu, codec_dtype=dtype)
+    keys, values = torch.zeros(2, 2, tokens, channels, dtype=dtype)
+    segments = codec.encode(keys, values, [tokens])
+    sizes = [codec.layer_bytes(layer, tokens) for layer in range(2)]
+    decoder = codec.decoder([tokens], cpu)
+    for layer in segments[0].split(sizes):
+        decoder.decode_layer([layer])
+    assert set(compiled) == {"_encode_rows", "_decode_rows", "_emit"} | ({"_step"} if predictors else set())
 
 
 def test_gathering_slices_compiles(compiled: _Compiled) -> None:
@@ -236,3 +308,12 @@ def test_single_tokens_pages_and_splits_compile(compiled: _Compiled) -> None:
         ),
         *("_fetch_rows", "_emit", "_encode"),
     ]
+
+
+@pytest.mark.parametrize("layer", [0, 1, 31])
+def test_what_benchmarks_put_in_between(compiled: _Compiled, layer: int) -> None:
+    lanes, missed = torch.zeros(2, len(NOBODY), dtype=torch.int64), torch.zeros(32, HEADS, 4096)
+    lists, counters = torch.zeros(2, HEADS, 64, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
+    with imposed_on_lanes(missed):
+        engine_lanes.find_rows(lanes, layer, lists, counters, sinks=4)
+    assert compiled == ["_impose", "_find_rows"]
