@@ -73,7 +73,9 @@ def _knows_groups(q: Tensor) -> bool:
 def _suits_cudnn(q: Tensor) -> bool:
     """q: [..., R, D]"""
     rows, head_dim = q.shape[-2:]
-    return _knows_groups(q) and rows > 0 and rows % _CUDNN_ROWS == 0 and head_dim in (64, 128)
+    if not (_knows_groups(q) and torch.backends.cudnn.is_available()):
+        return False
+    return rows > 0 and rows % _CUDNN_ROWS == 0 and head_dim in (64, 128)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:

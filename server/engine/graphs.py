@@ -93,6 +93,8 @@ class GraphedStep:
         self._logits = torch.empty(max_rows, adapter.vocab_size, device=adapter.device)
         # The most likely tokens and the bits of their log probabilities: read back in one piece.
         self._best = torch.empty(2, max_rows, dtype=torch.int32, device=adapter.device)
+        # One stream for all recordings: libraries keep working memory for each stream they see.
+        self._side = torch.cuda.Stream(adapter.device) if memory is not None else None
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._graph_bytes = 0
 
@@ -148,7 +150,8 @@ class GraphedStep:
 
     def _record(self, bucket: int, memory: GraphMemory) -> torch.cuda.CUDAGraph:
         self._fill([], bucket)
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        current, side = torch.cuda.current_stream(), self._side
+        assert side is not None
         side.wait_stream(current)
         with torch.cuda.stream(side):
             self._compute(bucket)
