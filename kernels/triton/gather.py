@@ -36,7 +36,8 @@ def _gather(
     while chunk < num_chunks:
         piece = chunk // chunks_per_slice
         word = (chunk % chunks_per_slice) * WORDS + lane
-        there = word < tl.load(sizes + piece) // 4
+        # Told what sizes and addresses are multiples of, the compiler loads 16 bytes at a time.
+        there = word < tl.multiple_of(tl.load(sizes + piece) // 4, 4)
         source = tl.load(addresses + piece).to(tl.pointer_type(tl.int32))
         place = (target + tl.load(places + piece)).to(tl.pointer_type(tl.int32))
         data = tl.load(tl.multiple_of(source, 16) + word, mask=there)
