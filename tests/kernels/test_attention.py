@@ -68,6 +68,18 @@ def test_pieces_equal_the_whole_whoever_computes_them(rows: int, keys: int) -> N
     torch.testing.assert_close(found, attend_ref(q, k, v)[0], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("rows", [300, 1024])
+def test_heads_may_lie_in_the_product_that_made_them(rows: int) -> None:
+    """Queries, keys and values as a fused projection leaves them: token by token, side by side."""
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    torch.manual_seed(rows)
+    product = torch.randn(rows, 12, 64, device=DEVICE).to(dtype)
+    q, k, v = (part.transpose(0, 1) for part in product.split([8, 2, 2], dim=1))
+    expected = attend_ref(q, k, v, causal=True)
+    for found, other in zip(attend(q, k, v, causal=True), expected, strict=True):
+        torch.testing.assert_close(found, other, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="cuDNN needs a GPU")
 def test_cudnn_sees_keys_in_powers_of_two_only() -> None:
     """It takes long to prepare for each new shape."""

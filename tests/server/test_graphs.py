@@ -1,12 +1,14 @@
 """Recorded decode steps answer like plain ones. On a CPU the same step is computed instead of replayed."""
 
+import copy
 import random
 from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import DEVICE, FAMILIES, tiny_model
+from tiny_models import DEVICE, FAMILIES, SHAPE, tiny_model
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from aquifer.kernels.backend import PLAIN, backend_for
 from aquifer.server.engine.graphs import GraphedStep, PagedLanes, bucket_of
@@ -70,6 +72,30 @@ def test_tokens_and_probabilities_equal_those_of_plain_steps(family: str) -> Non
             assert one.token_id == other.token_id
             assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
             tokens[n], lengths[n] = one.token_id, lengths[n] + 1
+
+
+@pytest.mark.skipif(not ON_GPU, reason="the kernels and operators that serve bfloat16 need a GPU")
+def test_in_bfloat16_chunks_and_steps_differ_from_float32_by_rounding_only() -> None:
+    """As far as the model's own modules do. Chunks of 1,024 go to cuDNN, the last one to flash attention."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "head_dim": 128}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, **sizes, "num_key_value_heads": 2})).to(DEVICE).eval()
+    ids = random.Random(0).choices(range(299), k=6000)
+    found: list[list[Tensor]] = []
+    for dtype, backend in ((torch.float32, PLAIN), (torch.bfloat16, PLAIN), (torch.bfloat16, None)):
+        adapter = DecoderAdapter(copy.deepcopy(model).to(dtype), max_tokens=8192, backend=backend)
+        pool = PagePool(adapter.spec, 32 * 256 * adapter.spec.bytes_per_token, DEVICE, keep=False)
+        lanes = PagedLanes(pool, adapter.backend, MAX_ROWS, 32)
+        recorded = GraphedStep(adapter, pool, lanes, MAX_ROWS, torch.cuda.graph_pool_handle())
+        runner = ModelRunner(adapter, pool, [recorded] if adapter.backend.fuses else [])
+        cache = PagedCache(pool, BlockTable(list(range(31, -1, -1))[:16] + list(range(16))))
+        chunks = [runner.prefill(ids[at : at + 1024], at, cache)[0][-300:] for at in range(0, 6000, 1024)]
+        (stepped,) = runner.step([Rows([7], 6000, cache)])
+        assert isinstance(stepped, Tensor)
+        found.append([runner.logits(torch.cat(chunks)).cpu(), stepped])
+    for exact, own_modules, fused in zip(*found, strict=True):
+        error, usual = ((found - exact).norm() / exact.norm() for found in (fused, own_modules))
+        assert 0 < error < 1.5 * usual < 0.1
 
 
 def test_rows_that_want_logits_get_theirs() -> None:
