@@ -22,7 +22,7 @@ from aquifer.cachestore.keys import SegmentKey
 from aquifer.cachestore.store import TieredStore
 from aquifer.cachestore.tier import Lease
 from aquifer.compression.codec import Codec
-from aquifer.compression.spec import SINK_TOKENS
+from aquifer.compression.spec import SINK_TOKENS, Encoded
 from aquifer.compression.wire import RecordHeader, RecordKind, body_of, seal
 from aquifer.server.engine.fetch import StoredRecord
 from aquifer.server.engine.records import segment_span
@@ -162,17 +162,19 @@ class SegmentWriter:
         started = time.perf_counter()
         counts = [job.num_tokens for job in jobs]
         if computed is None:
-            encoded: _Bodies = codec.encode(*_joined(jobs), counts), [False] * len(jobs)
+            encoded = codec.encode_unchecked(*_joined(jobs), counts)
         else:
             encoded = self._encode_beside(codec, jobs, counts, computed)
         self._metrics.codec_tokens.labels(op="encode").inc(sum(counts))
         self._metrics.codec_seconds.labels(op="encode").inc(time.perf_counter() - started)
-        return encoded
+        if encoded.damaged is None:
+            return encoded.bodies, [False] * len(jobs)
+        return encoded.bodies, [bool(rows.any()) for rows in encoded.damaged.split(counts)]
 
     @torch.inference_mode()
     def _encode_beside(
         self, codec: Codec, jobs: Sequence[WriteJob], counts: list[int], computed: torch.cuda.Event
-    ) -> _Bodies:
+    ) -> Encoded:
         """On the side stream, and in one copy to page-locked memory."""
         assert self._stream is not None
         self._stream.wait_event(computed)
@@ -185,10 +187,9 @@ class SegmentWriter:
             sizes = [body.numel() for body in encoded.bodies]
             host = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
             host.copy_(torch.cat(encoded.bodies), non_blocking=True)
-            rows = None if encoded.damaged is None else encoded.damaged.cpu()
+            damaged = None if encoded.damaged is None else encoded.damaged.cpu()
             self._stream.synchronize()
-        damaged = [False] * len(jobs) if rows is None else [bool(part.any()) for part in rows.split(counts)]
-        return host.split(sizes), damaged
+        return Encoded(list(host.split(sizes)), damaged)
 
     def _store_record(self, job: WriteJob, record: bytes) -> Lease | None:
         """Hand a record to the tiers. Returns the lease of what RAM holds, if it has room."""
