@@ -10,11 +10,10 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from aquifer.server.engine.runner import Rows, SequenceCache
-from aquifer.server.engine.sampling import Choice, Sampler
+from aquifer.server.engine.sampling import Choice, Sampler, StepResult
 from aquifer.server.engine.types import DraftCounts
 from aquifer.server.metrics import Metrics
 
@@ -31,9 +30,8 @@ class Decoding(Protocol):
     def rows(self, token_id: int, position: int, remaining: int) -> Rows:
         """token_id: the last token of the answer, at `position`. remaining: tokens it may still get."""
 
-    def take(self, result: Tensor | Choice) -> list[Choice]:
-        """The tokens that the step has settled, maybe none. result: logits [R, vocab] on the CPU, R new
-        tokens; or the next token, if the rows said how to choose it."""
+    def take(self, result: StepResult) -> list[Choice]:
+        """The tokens that the step has settled, maybe none."""
 
 
 class OneByOne:
@@ -48,8 +46,10 @@ class OneByOne:
     def rows(self, token_id: int, position: int, remaining: int) -> Rows:
         return Rows([token_id], position, self._cache, pick=self._sampler.pick)
 
-    def take(self, result: Tensor | Choice) -> list[Choice]:
-        return [result if isinstance(result, Choice) else self._sampler.choose(result[0])]
+    def take(self, result: StepResult) -> list[Choice]:
+        if isinstance(result, Tensor):
+            return [self._sampler.choose(result[0])]
+        return _each(result)
 
 
 class Verified:
@@ -72,7 +72,7 @@ class Verified:
         self._eos, self._metrics = eos_token_ids, metrics
         self._length = DraftLength()
         self._tokens: list[int] = []
-        self._proposals: list[Tensor | None] = []  # None: all of it on the drafted token
+        self._proposals: list[Tensor] = []  # none where the best token is chosen on the device
         self._checking = False
 
     def rows(self, token_id: int, position: int, remaining: int) -> Rows:
@@ -80,32 +80,25 @@ class Verified:
         wanted = min(self._length.best, remaining - 1)
         ended = bool(self._tokens) and self._tokens[-1] in self._eos
         self._checking = len(self._tokens) >= wanted or ended
-        if self._checking:
-            return Rows([token_id, *self._tokens], position, self._exact)
-        # A draft that was drawn needs the probabilities it was drawn by; the best token needs none.
+        # A draft that was drawn is checked by the probabilities it was drawn by. The best tokens need none, and
+        # bringing the logits of a check to the host would take longer than the check.
         pick = self._sampler.pick
         best = pick if pick is not None and pick.temperature == 0.0 else None
+        if self._checking:
+            return Rows([token_id, *self._tokens], position, self._exact, pick=best)
         last = [token_id, *self._tokens][-1]
         return Rows([last], position + len(self._tokens), self._cheap, pick=best)
 
-    def take(self, result: Tensor | Choice) -> list[Choice]:
+    def take(self, result: StepResult) -> list[Choice]:
         if not self._checking:
-            if isinstance(result, Choice):
-                self._proposals.append(None)
-                self._tokens.append(result.token_id)
-                return []
-            proposal = self._sampler.distribution(result[0], self._tokens)
-            self._proposals.append(proposal)
-            self._tokens.append(self._sampler.draw(proposal))
+            self._draft(result)
             return []
-        assert isinstance(result, Tensor)  # a check asks for logits
-        proposals = [
-            torch.zeros_like(result[0]).index_fill_(0, torch.tensor(token), 1.0)
-            if proposal is None
-            else proposal
-            for token, proposal in zip(self._tokens, self._proposals, strict=True)
-        ]
-        choices = self._sampler.accept(self._tokens, proposals, result)
+        if isinstance(result, Tensor):
+            choices = self._sampler.accept(self._tokens, self._proposals, result)
+        else:
+            exact = _each(result)
+            wrong = [place for place, token in enumerate(self._tokens) if exact[place].token_id != token]
+            choices = exact[: wrong[0] + 1] if wrong else exact
         drafted, accepted = len(self._tokens), len(choices) - 1
         self._length.saw(accepted, drafted)
         self.drafts = self.drafts.plus(drafted, accepted)
@@ -113,6 +106,17 @@ class Verified:
         self._metrics.draft_tokens.labels(result="rejected").inc(drafted - accepted)
         self._tokens, self._proposals = [], []
         return choices
+
+    def _draft(self, result: StepResult) -> None:
+        if isinstance(result, Tensor):
+            self._proposals.append(self._sampler.distribution(result[0], self._tokens))
+            self._tokens.append(self._sampler.draw(self._proposals[-1]))
+        else:
+            self._tokens += [choice.token_id for choice in _each(result)]
+
+
+def _each(result: Choice | list[Choice]) -> list[Choice]:
+    return [result] if isinstance(result, Choice) else result
 
 
 class DraftLength:

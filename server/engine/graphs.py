@@ -7,9 +7,11 @@ steps fill the graph's inputs and replay it: one launch in place of hundreds.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import structlog
 import torch
 from torch import Tensor
 
@@ -18,12 +20,18 @@ from aquifer.kernels.backend import Backend
 from aquifer.server.engine.pages import PagePool, pages_of
 from aquifer.server.engine.parts import EngineParts
 from aquifer.server.engine.runner import FastStep, PagedCache, Rows
-from aquifer.server.engine.sampling import Choice, settle
+from aquifer.server.engine.sampling import Choice, StepResult, settle
 from aquifer.server.engine.selective import selects_on_device
 from aquifer.server.models.adapter import DecoderAdapter
 
+log = structlog.get_logger(__name__)
+
 GraphMemory = Any  # torch names its type privately
 """Memory that graphs share: one is replayed at a time, and none keeps anything there."""
+
+
+_one_recording = threading.Lock()
+"""A process records one graph at a time, whichever engine wants it."""
 
 
 class GraphedAttention(Protocol):
@@ -94,8 +102,9 @@ class GraphedStep:
         # The most likely tokens and the bits of their log probabilities: read back in one piece.
         self._best = torch.empty(2, max_rows, dtype=torch.int32, device=adapter.device)
         # One stream for all recordings: libraries keep working memory for each stream they see.
-        self._side = torch.cuda.Stream(adapter.device) if memory is not None else None
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._side: torch.cuda.Stream | None = None
+        self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
+        """By number of rows. None: it could not be recorded, so steps of so many are computed."""
         self._graph_bytes = 0
 
     @property
@@ -107,14 +116,13 @@ class GraphedStep:
         return self._attention.accepts(row)
 
     @torch.inference_mode()
-    def run(self, rows: Sequence[Rows]) -> list[Tensor | Choice]:
+    def run(self, rows: Sequence[Rows]) -> list[StepResult]:
         bucket = bucket_of(len(rows), self._max_rows)
-        if self._memory is None:
-            self._fill(rows, bucket)
+        graph = self._graph(bucket)
+        self._fill(rows, bucket)
+        if graph is None:
             self._compute(bucket)
         else:
-            graph = self._graphs.get(bucket) or self._record(bucket, self._memory)
-            self._fill(rows, bucket)
             graph.replay()
         results = self._read(rows)
         self._attention.done()
@@ -148,26 +156,37 @@ class GraphedStep:
         self._best[0, :bucket] = best[:, 0]
         self._best[1, :bucket] = logprobs[:, 0].view(torch.int32)
 
+    def _graph(self, bucket: int) -> torch.cuda.CUDAGraph | None:
+        if self._memory is None:
+            return None
+        if bucket not in self._graphs:
+            try:
+                self._graphs[bucket] = self._record(bucket, self._memory)
+            except RuntimeError as error:  # out of memory, above all
+                log.warning("steps are computed, not replayed", rows=bucket, exc_info=error)
+                self._graphs[bucket] = None
+        return self._graphs[bucket]
+
     def _record(self, bucket: int, memory: GraphMemory) -> torch.cuda.CUDAGraph:
         self._fill([], bucket)
+        self._side = self._side or torch.cuda.Stream(self._adapter.device)
         current, side = torch.cuda.current_stream(), self._side
-        assert side is not None
         side.wait_stream(current)
         with torch.cuda.stream(side):
             self._compute(bucket)
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # Waits for the device first. Other threads may go on using it while this one records.
-        with torch.cuda.graph(graph, pool=memory, stream=side, capture_error_mode="thread_local"):
-            self._compute(bucket)
-        self._graphs[bucket] = graph
-        segments = torch.cuda.memory_snapshot()
-        self._graph_bytes = sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == memory)
+        with _one_recording:
+            before = _num_bytes(memory)
+            # Waits for the device first. Other threads may go on using it while this one records.
+            with torch.cuda.graph(graph, pool=memory, stream=side, capture_error_mode="thread_local"):
+                self._compute(bucket)
+            self._graph_bytes += _num_bytes(memory) - before
         return graph
 
-    def _read(self, rows: Sequence[Rows]) -> list[Tensor | Choice]:
+    def _read(self, rows: Sequence[Rows]) -> list[StepResult]:
         """As `ModelRunner.step`."""
-        results: dict[int, Tensor | Choice] = {}
+        results: dict[int, StepResult] = {}
         greedy = [n for n, row in enumerate(rows) if row.pick and row.pick.temperature == 0.0]
         if greedy:
             ids, bits = self._best[:, : len(rows)].cpu()
@@ -178,6 +197,11 @@ class GraphedStep:
             logits = [self._logits[number : number + 1] for number in others]
             results |= zip(others, settle(logits, [rows[number].pick for number in others]), strict=True)
         return [results[number] for number in range(len(rows))]
+
+
+def _num_bytes(memory: GraphMemory) -> int:
+    segments = torch.cuda.memory_snapshot()
+    return sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) == memory)
 
 
 class PagedLanes:

@@ -13,7 +13,7 @@ from aquifer.compression.spec import SEGMENT_TOKENS
 from aquifer.kernels.attention import attend, attend_in_pieces, merge_attention
 from aquifer.server.engine.fetch import StoredSegment
 from aquifer.server.engine.pages import BlockTable, PagePool
-from aquifer.server.engine.sampling import Choice, Pick, settle
+from aquifer.server.engine.sampling import Pick, StepResult, settle
 from aquifer.server.engine.streams import SegmentReader, SegmentSource
 from aquifer.server.models.adapter import DecoderAdapter
 
@@ -72,7 +72,7 @@ class FastStep(Protocol):
     def accepts(self, row: Rows) -> bool:
         """Whether it can compute this row, beside any others that it accepts."""
 
-    def run(self, rows: Sequence[Rows]) -> list[Tensor | Choice]:
+    def run(self, rows: Sequence[Rows]) -> list[StepResult]:
         """As `ModelRunner.step`."""
 
 
@@ -98,13 +98,13 @@ class ModelRunner:
         kept = LayerKV(keys, values)
         return self._forward([Rows(token_ids, start, cache)], kept), kept
 
-    def step(self, rows: Sequence[Rows]) -> list[Tensor | Choice]:
+    def step(self, rows: Sequence[Rows]) -> list[StepResult]:
         """Compute new tokens of many sequences together.
 
         Returns for each sequence, in order, the logits [R, vocab] float32 on the CPU after its R new tokens;
-        or the next token, if it said how to choose it and the device is better at that than the CPU.
+        or the tokens that follow, if it said how to choose and the device is better at that than the CPU.
         """
-        results: dict[int, Tensor | Choice] = {}
+        results: dict[int, StepResult] = {}
         left = list(range(len(rows)))
         for fast in self._fast:
             own = [number for number in left if fast.accepts(rows[number])]
@@ -115,7 +115,7 @@ class ModelRunner:
             results |= zip(left, self._step_plainly([rows[number] for number in left]), strict=True)
         return [results[number] for number in range(len(rows))]
 
-    def _step_plainly(self, rows: Sequence[Rows]) -> list[Tensor | Choice]:
+    def _step_plainly(self, rows: Sequence[Rows]) -> list[StepResult]:
         logits = self._adapter.logits(self._forward(rows))
         counts = [len(row.token_ids) for row in rows]
         if self._adapter.backend.fuses:
@@ -201,6 +201,9 @@ class PagedCache:
 
     def release(self) -> None:
         """End the leases of the stored segments; no pass may be opened after that."""
+        if self.host and self._pool.keys.is_cuda:
+            # What was asked of the device may still read them where they lie.
+            torch.cuda.current_stream(self._pool.keys.device).synchronize()
         for segment in self.host.values():
             segment.release()
         self.host.clear()

@@ -141,18 +141,28 @@ def filtered_probabilities(scores: Tensor, top_k: int, top_p: float) -> Tensor:
     return probabilities
 
 
-def settle(logits: Sequence[Tensor], picks: Sequence[Pick | None]) -> list[Tensor | Choice]:
+StepResult = Tensor | Choice | list[Choice]
+"""What a step gives a sequence of R new tokens: logits [R, vocab] float32 on the CPU; or, if it said how to
+choose, the token after each of them, in a list unless R is 1."""
+
+
+def settle(logits: Sequence[Tensor], picks: Sequence[Pick | None]) -> list[StepResult]:
     """Choose tokens on the device of the logits, which are [R, vocab] float32 for each sequence.
 
-    Returns a choice for each sequence with a pick, whose R is 1, and for others their logits on the CPU.
+    Returns the choices of each sequence with a pick, and for others their logits on the CPU.
     """
     picked = [(own, pick) for own, pick in zip(logits, picks, strict=True) if pick is not None]
     whole = [own for own, pick in zip(logits, picks, strict=True) if pick is None]
-    chosen = iter(
-        _picked(torch.cat([own for own, _ in picked]), [pick for _, pick in picked]) if picked else ()
-    )
+    each = [pick for own, pick in picked for _ in range(len(own))]
+    chosen = iter(_picked(torch.cat([own for own, _ in picked]), each) if picked else ())
     moved = iter(torch.cat(whole).cpu().split([len(own) for own in whole]) if whole else ())
-    return [next(moved) if pick is None else next(chosen) for pick in picks]
+    results: list[StepResult] = []
+    for own, pick in zip(logits, picks, strict=True):
+        if pick is None:
+            results.append(next(moved))
+        else:
+            results.append(next(chosen) if len(own) == 1 else [next(chosen) for _ in range(len(own))])
+    return results
 
 
 def _picked(logits: Tensor, picks: Sequence[Pick]) -> list[Choice]:
@@ -171,15 +181,15 @@ def _picked(logits: Tensor, picks: Sequence[Pick]) -> list[Choice]:
         last = torch.tensor(kept, device=logits.device)[:, None]
         least = best.gather(1, (last - 1).clamp(min=0)).masked_fill(last == 0, -torch.inf)
         scores = scores.masked_fill(scores < least, -torch.inf)
-    probabilities, order = torch.softmax(scores, dim=-1), None
+    probabilities = torch.softmax(scores, dim=-1)
     if any(pick.top_p < 1.0 for pick in picks):
-        probabilities, order = probabilities.sort(descending=True)
-        cut = probabilities.cumsum(1) - probabilities >= top_p
+        ordered, order = probabilities.sort(descending=True)
+        cut = ordered.cumsum(1) - ordered >= top_p
         cut[:, 0] = False
-        probabilities = probabilities.masked_fill(cut, 0.0)
+        # Back into the order of the vocabulary: what a number draws must not depend on the other rows' cuts.
+        probabilities = probabilities.scatter(1, order, ordered.masked_fill(cut, 0.0))
     sums = probabilities.double().cumsum(1)
-    place = torch.searchsorted(sums, uniform * sums[:, -1:], right=True).clamp(max=vocabulary - 1)
-    drawn = place if order is None else order.gather(1, place)
+    drawn = torch.searchsorted(sums, uniform * sums[:, -1:], right=True).clamp(max=vocabulary - 1)
     greedy = torch.tensor([pick.temperature == 0.0 for pick in picks], device=logits.device)[:, None]
     tokens = torch.where(greedy, logits.argmax(1, keepdim=True), drawn)
     logprobs = logits.gather(1, tokens) - logits.logsumexp(1, keepdim=True)

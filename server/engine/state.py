@@ -7,15 +7,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
 
-from torch import Tensor
-
 from aquifer.cachestore.keys import PromptKeys
 from aquifer.compression.spec import SEGMENT_TOKENS
 from aquifer.server.engine.admission import Plan, Room
 from aquifer.server.engine.decoding import Decoding
 from aquifer.server.engine.fetch import StoredSegment
 from aquifer.server.engine.runner import PagedCache, Rows
-from aquifer.server.engine.sampling import Choice, Sampler
+from aquifer.server.engine.sampling import Choice, Sampler, StepResult
 from aquifer.server.engine.text import TextStream
 from aquifer.server.engine.types import (
     CachedTokens,
@@ -88,7 +86,7 @@ class RequestState:
         remaining = self.request.sampling.max_new_tokens - len(self.generated)
         return self.decoding.rows(self.generated[-1], position, remaining)
 
-    def take(self, result: Tensor | Choice) -> list[Choice]:
+    def take(self, result: StepResult) -> list[Choice]:
         """The tokens that a decode step settled. result: what it gave for this request's rows."""
         assert self.decoding is not None
         return self.decoding.take(result)

@@ -92,6 +92,28 @@ def test_what_is_picked_greedily_is_the_first_of_equals_and_what_is_not_picked_c
     assert isinstance(second, Choice) and second.token_id == 0
     (tie,) = settle([logits[1:2]], [Sampler(SamplingParams(), ()).pick])
     assert isinstance(tie, Choice) and tie.token_id == 1
+    (several, one) = settle([logits[:2], logits[2:]], [Sampler(SamplingParams(), ()).pick] * 2)
+    assert isinstance(several, list) and [choice.token_id for choice in several] == [1, 1]
+    assert isinstance(one, Choice) and one.token_id == 0
+
+
+@pytest.mark.parametrize(
+    "neighbour", [{}, {"temperature": 2.0, "top_p": 0.5}, {"temperature": 1.0, "top_k": 2}]
+)
+def test_what_a_seed_draws_does_not_depend_on_the_rows_beside_it(neighbour: dict[str, Any]) -> None:
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0))
+
+    def draw(beside: bool) -> list[int]:
+        sampler, other = (Sampler(SamplingParams(seed=3, **o), ()) for o in ({"temperature": 1.0}, neighbour))
+        found = []
+        for _ in range(40):
+            rows = [logits, logits] if beside else [logits]
+            (choice, *_) = settle(rows, [sampler.pick, other.pick][: len(rows)])
+            assert isinstance(choice, Choice)
+            found.append(choice.token_id)
+        return found
+
+    assert draw(beside=True) == draw(beside=False)
 
 
 def test_a_penalty_cannot_be_picked_from_logits_alone() -> None:
