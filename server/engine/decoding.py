@@ -80,8 +80,8 @@ class Verified:
         wanted = min(self._length.best, remaining - 1)
         ended = bool(self._tokens) and self._tokens[-1] in self._eos
         self._checking = len(self._tokens) >= wanted or ended
-        # A draft that was drawn is checked by the probabilities it was drawn by. The best tokens need none, and
-        # bringing the logits of a check to the host would take longer than the check.
+        # A draft that was drawn is checked by the probabilities it was drawn by. The best tokens need none,
+        # and bringing the logits of a check to the host would take longer than the check.
         pick = self._sampler.pick
         best = pick if pick is not None and pick.temperature == 0.0 else None
         if self._checking:
