@@ -111,7 +111,7 @@ class PromptReader:
         elif not state.ranges and not state.request.prompt_only:
             # Reading the logits also waits for the device, so the chunk's time below is its own.
             logits = self._runner.logits(hidden[-1:]).cpu()
-        elif hidden.is_cuda:
+        if logits is None and hidden.is_cuda:
             torch.cuda.current_stream(hidden.device).synchronize()  # encoding goes on beside it
         seconds = time.perf_counter() - started
         state.prefill_seconds += seconds

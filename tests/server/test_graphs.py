@@ -179,6 +179,24 @@ def test_a_sequence_with_segments_off_the_device_is_not_accepted() -> None:
     assert not setting.step.accepts(Rows([5], 300, cache))
 
 
+def test_steps_that_cannot_be_recorded_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device may have no memory left for another graph."""
+    setting = Setting()
+    cache = setting.read(300, 1)
+    tries: list[int] = []
+
+    def fail(step: GraphedStep, bucket: int, memory: object) -> None:
+        tries.append(bucket)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(GraphedStep, "_record", fail)
+    monkeypatch.setattr(setting.step, "_memory", (0, 1))
+    rows = [Rows([5], 300, cache)]
+    for _ in range(3):
+        torch.testing.assert_close(setting.fast.step(rows), setting.plain.step(rows), rtol=1e-4, atol=1e-4)
+    assert tries == [1]
+
+
 def test_of_equal_logits_the_first_token_is_taken() -> None:
     """As on the plain path: otherwise texts would differ."""
     setting = Setting()
