@@ -118,6 +118,8 @@ def build_engine(settings: Settings, metrics: Metrics) -> Engine:
         return str(loaded.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def on_close() -> None:
+        if unpins:
+            torch.cuda.synchronize(adapter.device)  # nothing may be reading it any more
         for unpin in unpins:
             unpin()
 

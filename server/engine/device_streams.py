@@ -25,6 +25,8 @@ from aquifer.server.engine.pages import PagePool
 
 LANDINGS = 3
 
+_LARGEST_LAYER = 2**31
+
 GATHER_PROGRAMS = 32
 """16 fill PCIe alone, and 32 beside the GEMMs; 64 would take more from those than they bring."""
 
@@ -60,15 +62,16 @@ class Queues:
     values."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         # Work of the small kernels is needed first: a GEMM's tiles would keep them waiting.
         self.copies, self.chain, self.emits = Queue(device, -1), Queue(device), Queue(device, -1)
 
     def callers(self) -> torch.cuda.Event:
         """What happens when all of the caller's work up to now is done."""
-        return torch.cuda.current_stream().record_event()
+        return torch.cuda.current_stream(self._device).record_event()
 
     def let_caller_wait(self, event: torch.cuda.Event) -> None:
-        torch.cuda.current_stream().wait_event(event)
+        torch.cuda.current_stream(self._device).wait_event(event)
 
 
 @cache
@@ -94,6 +97,8 @@ class HostSlices:
         self._largest = sizes.amax(1).tolist()
         self.layer_bytes: list[int] = sizes.sum(1).tolist()
         """Bytes of each layer of all records."""
+        if max(self.layer_bytes) >= _LARGEST_LAYER:
+            raise ValueError(f"{len(bodies)} records at once are too many for 32-bit offsets")
         self._addresses = addresses.to(device)
         self._places, self._sizes = places.int().to(device), sizes.int().to(device)
 

@@ -57,7 +57,7 @@ class StepLoop:
         self._runner = ModelRunner(parts.adapter, parts.pool, graphed_steps(parts))
         self._reader = SegmentReader(parts.adapter, parts.codec, parts.raw, parts.metrics)
         self._fetcher = Fetcher(parts.codec, parts.raw, parts.store, parts.gate)
-        self._writer = SegmentWriter(parts.codec, parts.raw, parts.store, parts.metrics)
+        self._writer = SegmentWriter(parts.codec, parts.raw, parts.store, parts.metrics, parts.adapter.device)
         self._claims = Claims()
         self._prompts = PromptReader(
             parts, self._runner, self._reader, self._writer, self._claims, self._written
@@ -178,6 +178,9 @@ class StepLoop:
         """Bring one prompt a step further. Prompts take turns, so that a short one is not stuck behind
         a long one."""
         if not self._reading:
+            return
+        if self._writer.backlog > _MAX_BACKLOG:
+            self._writer.wait(_WRITE_POLL_SECONDS)
             return
         state = self._reading.popleft()
         try:

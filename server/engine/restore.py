@@ -38,7 +38,7 @@ class Restorer:
         stream.restore(self._pool, table.runs(stream.spans))
         device = self._reader.adapter.device
         if device.type == "cuda":
-            # So that the time below is that of the arithmetic, not of its launch.
-            torch.cuda.synchronize(device)
+            # The leases may end after this, and the time below is that of the arithmetic, not of its launch.
+            torch.cuda.current_stream(device).synchronize()
         self._reader.metrics.codec_tokens.labels(op="decode").inc(len(segments) * SEGMENT_TOKENS)
         self._reader.metrics.codec_seconds.labels(op="decode").inc(time.perf_counter() - started)

@@ -68,14 +68,16 @@ class _Batch:
 class SegmentWriter:
     """The queue between prefill and the tiers. Only the engine's thread uses it."""
 
-    def __init__(self, codec: Codec, raw: Codec, store: TieredStore, metrics: Metrics) -> None:
-        """raw: the codec of sink records."""
+    def __init__(
+        self, codec: Codec, raw: Codec, store: TieredStore, metrics: Metrics, device: torch.device
+    ) -> None:
+        """raw: the codec of sink records. device: where keys and values come from."""
         self._codecs: dict[RecordKind, Codec] = {"segment": codec, "sinks": raw}
         self._store = store
         self._metrics = metrics
         self._jobs: deque[_Queued] = deque()
         self._batches: deque[_Batch] = deque()
-        self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         # It launches, waits, hashes and copies, while the engine's thread is busy with the next chunk.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="aquifer-write") if self._stream else None
 
@@ -99,7 +101,10 @@ class SegmentWriter:
                 self._batches.append(_Batch(jobs, self._start(kind, [job for job, _ in jobs])))
         while self._batches and self._batches[0].done.done():
             batch = self._batches.popleft()
-            batch.done.result()
+            error = batch.done.exception()
+            if error is not None:
+                # What is not stored costs a later request its time, and none its answer.
+                log.error("segments not stored", count=len(batch.jobs), exc_info=error)
             for _, on_done in batch.jobs:
                 on_done()
 
@@ -140,8 +145,11 @@ class SegmentWriter:
             assert self._thread is not None
             return self._thread.submit(self._write, kind, jobs, computed)
         done: Future[None] = Future()
-        self._write(kind, jobs, None)
-        done.set_result(None)
+        try:
+            self._write(kind, jobs, None)
+            done.set_result(None)
+        except Exception as error:
+            done.set_exception(error)
         return done
 
     def _write(self, kind: RecordKind, jobs: Sequence[WriteJob], computed: torch.cuda.Event | None) -> None:
@@ -208,7 +216,7 @@ class SegmentWriter:
 
 def _mark(keys: Tensor) -> torch.cuda.Event | None:
     """What happens when a device has computed what was queued so far; None without a device."""
-    return torch.cuda.current_stream().record_event() if keys.is_cuda else None
+    return torch.cuda.current_stream(keys.device).record_event() if keys.is_cuda else None
 
 
 def _joined(jobs: Sequence[WriteJob]) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,7 @@ def store() -> Iterator[TieredStore]:
 
 @pytest.fixture
 def writer(store: TieredStore) -> SegmentWriter:
-    return SegmentWriter(MarkingCodec(SPEC), RawCodec(SPEC), store, Metrics())
+    return SegmentWriter(MarkingCodec(SPEC), RawCodec(SPEC), store, Metrics(), torch.device("cpu"))
 
 
 @pytest.fixture
@@ -77,6 +77,22 @@ def test_a_segment_that_is_not_finite_is_reported_but_not_stored(
     assert len(reported) == 4 and writer.backlog == 0
     assert store.contains(keys.segments) == ["ram", None, "ram"]
     assert store.contains([keys.records[0]]) == ["ram"]
+
+
+def test_what_cannot_be_encoded_is_reported_and_leaves_the_rest_alone(
+    writer: SegmentWriter, store: TieredStore, keys: PromptKeys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(codec: RawCodec, keys: Tensor, values: Tensor, counts: Sequence[int]) -> Encoded:
+        raise torch.OutOfMemoryError("no room")
+
+    reported: list[str] = []
+    with monkeypatch.context() as broken:
+        broken.setattr(MarkingCodec, "encode_unchecked", fail)
+        writer.add(jobs_of(keys, torch.zeros(2, TOKENS, 16)), lambda: reported.append("done"))
+        writer.pump(3)
+    writer.pump(1)
+    assert len(reported) == 4 and writer.backlog == 0
+    assert store.contains(keys.segments) == [None, None, "ram"]
 
 
 def test_a_segment_that_is_not_finite_cannot_be_read_back(writer: SegmentWriter, keys: PromptKeys) -> None:
