@@ -80,7 +80,7 @@ The tokenizer is a byte-level BPE of 2,048 entries with white space, punctuation
 
 ## Scores
 
-Greedy generation with the full KV cache, bf16, on held-out seeds, names and (for 30 % of the documents)
+Greedy generation with the full KV cache, float32, on held-out seeds, names and (for 30 % of the documents)
 held-out phrasings:
 
 | task | prompt tokens | samples | score |

@@ -211,14 +211,14 @@ class Trainer:
         self.card.log.append(line)
 
     def finish(self, out: Path, evaluated: bool) -> None:
-        """Export the model; with `evaluated`, score the exported (bf16) weights first."""
+        """Export the model; with `evaluated`, score the exported (bf16) weights first, in float32."""
         p, card = self.progress, self.card
         card.steps, card.train_tokens, card.train_seconds = p.step, p.tokens, round(p.seconds, 1)
         card.versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         card.stages.append({"progress": asdict(p)})
         if evaluated:
             card.scores = []
-            shipped = in_bfloat16(self.model)
+            shipped = in_bfloat16(self.model).float()
             for score in evaluate(shipped, self.encoder, self.tokenizer, self.settings.eval_samples):
                 card.scores.append(score)
                 self._say(
