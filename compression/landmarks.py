@@ -11,6 +11,7 @@ Source: YAKV in "KV-Cache Offloading for Context-Intensive Tasks", arXiv 2604.08
 and the random signs are ours (figures in workloads/README.md).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -23,7 +24,7 @@ from torch import Tensor
 from aquifer.compression.aqua import SCALE_BYTES, load_quantizer
 from aquifer.compression.spec import KVSpec
 from aquifer.kernels.hadamard import hadamard, hadamard_group, random_signs
-from aquifer.kernels.higgs import higgs_decode_add, higgs_encode
+from aquifer.kernels.higgs import Quantizer, higgs_decode_add, higgs_encode
 from aquifer.kernels.landmarks import score_landmarks
 
 MEANS_FILE = "key_means.safetensors"
@@ -95,6 +96,7 @@ class TokenCodec:
         self.signs = random_signs(spec.head_dim, _SIGNS_SEED).to(device)
         self.landmark_quantizer = load_quantizer(LANDMARK_BITS, device)
         self.row_quantizer = load_quantizer(ROW_BITS, device)
+        self._higgs_encode = _encoder_for(device)
         self._code_bytes = self.row_quantizer.code_bytes(spec.head_dim)
         self._scale_bytes = spec.head_dim // self.group * SCALE_BYTES
 
@@ -122,7 +124,7 @@ class TokenCodec:
     def encode(self, layer: int, keys: Tensor, values: Tensor) -> EncodedTokens:
         """keys (after RoPE), values: [T, H, D], any float dtype."""
         centred = self._rotate(keys.float() - self.means[layer])
-        codes, scales = higgs_encode(centred.flatten(1), self.landmark_quantizer, self.group)
+        codes, scales = self._higgs_encode(centred.flatten(1), self.landmark_quantizer, self.group)
         halves = [self._encode_rows(rows) for rows in (centred, self._rotate(values.float()))]
         (key_codes, key_scales), (value_codes, value_scales) = halves
         rows = torch.cat((key_codes, value_codes, key_scales, value_scales), dim=2)
@@ -151,7 +153,7 @@ class TokenCodec:
     def _encode_rows(self, rotated: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and scales as bytes, [T, H, ...], of rotated rows [T, H, D]."""
         tokens, heads, _ = rotated.shape
-        codes, scales = higgs_encode(rotated.flatten(1), self.row_quantizer, self.group)
+        codes, scales = self._higgs_encode(rotated.flatten(1), self.row_quantizer, self.group)
         return codes.view(tokens, heads, -1), scales.view(tokens, heads, -1).view(torch.uint8)
 
     def _decode_rows(self, codes: Tensor, scale_bytes: Tensor) -> Tensor:
@@ -159,3 +161,13 @@ class TokenCodec:
         scales = scale_bytes.contiguous().view(torch.float16)
         higgs_decode_add(base, codes.contiguous(), scales, self.row_quantizer, out=base)
         return hadamard(base, self.group) * self.signs
+
+
+def _encoder_for(device: torch.device) -> Callable[[Tensor, Quantizer, int], tuple[Tensor, Tensor]]:
+    """The kernel on a CUDA device, else the plain operation. The last bit of a scale may differ, and it
+    matters to nobody: what is encoded here is decoded in the same process."""
+    if device.type != "cuda":
+        return higgs_encode
+    from aquifer.kernels.triton.higgs import higgs_encode as kernel  # Triton is optional
+
+    return kernel

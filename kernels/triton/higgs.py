@@ -1,14 +1,9 @@
-"""HIGGS: decoding residuals onto a prediction, and encoding them.
+"""HIGGS encoding: a group's scale, a look-up of each point in the cell table, and packing, in one pass.
 
-A point of a grid of dimension d is addressed by an index of 4, 6 or 8 bits, wherever in a byte it starts;
-its d values lie side by side in table, base and output. Encoding computes a group's scale, looks each point
-up in the cell table and packs, all in one pass over the group.
+Bytes moved per value: 4 read, bits/8 written. A scale of 2 bytes per group comes on top.
 
-Bytes moved per value: decoding reads bits/8 and 4 (base) and writes an element of the output; encoding reads
-4 and writes bits/8. A scale of 2 bytes per group comes on top.
-
-Codes must be the same bytes as the plain code's, so what it rounds twice is rounded twice here (the cell of a
-value), and what it fuses is fused (the residual onto its prediction); the compiler decides neither.
+Codes must be the same bytes as the plain code's, so what it rounds twice (the cell of a value) is rounded
+twice here; the compiler does not decide.
 """
 
 import torch
@@ -18,48 +13,7 @@ from torch import Tensor
 
 from aquifer.kernels.higgs import CELLS, Quantizer
 from aquifer.kernels.packing import indices_per_unit
-from aquifer.kernels.triton.checks import FLOATS, expect, expect_power_of_two
-
-
-@triton.jit
-def _decode_add(
-    base: tl.tensor,
-    codes: tl.tensor,
-    scales: tl.tensor,
-    grid: tl.tensor,
-    out: tl.tensor,
-    num_points: tl.tensor,
-    base_stride: tl.tensor,
-    out_stride: tl.tensor,
-    CHANNELS: tl.constexpr,
-    GROUP: tl.constexpr,
-    DIMENSION: tl.constexpr,
-    BITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    """One block of points, counted over all rows."""
-    per_row: tl.constexpr = CHANNELS // DIMENSION
-    point = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    exists = point < num_points
-    row, column = (point // per_row).to(tl.int64), point % per_row
-
-    first_bit = column * BITS
-    byte = codes + row * (per_row * BITS // 8) + first_bit // 8
-    index = tl.load(byte, mask=exists, other=0).to(tl.int32)
-    if BITS < 8:
-        shift = first_bit % 8
-        spills = exists & (shift + BITS > 8)
-        index = index | (tl.load(byte + 1, mask=spills, other=0).to(tl.int32) << 8)
-        index = (index >> shift) & ((1 << BITS) - 1)
-
-    axis = tl.arange(0, DIMENSION)
-    values = tl.load(grid + index[:, None] * DIMENSION + axis[None, :])
-    scale = tl.load(scales + point * DIMENSION // GROUP, mask=exists, other=0.0).to(tl.float32)
-    channel = column[:, None] * DIMENSION + axis[None, :]
-    there = exists[:, None]
-    prediction = tl.load(base + row[:, None] * base_stride + channel, mask=there, other=0.0)
-    decoded = tl.fma(values, scale[:, None], prediction)
-    tl.store(out + row[:, None] * out_stride + channel, decoded, mask=there)
+from aquifer.kernels.triton.checks import expect, expect_power_of_two
 
 
 @triton.jit
@@ -114,53 +68,6 @@ def _encode(
         codes + where[:, :, None] + byte[None, None, :],
         packed.to(tl.uint8),
         mask=exists[:, None, None] & (byte < unit_bytes)[None, None, :],
-    )
-
-
-def higgs_decode_add(
-    base: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    quantizer: Quantizer,
-    out: Tensor,
-    *,
-    block_points: int = 512,
-) -> None:
-    """out = base + what the codes stand for, still rotated.
-
-    base: float32 [T, C]; out: [T, C], any float dtype; rows of both may be strided, base's by 0 as well
-    codes: uint8 [T, C*bits/8]; scale: float16 [T, C/G]
-    block_points: points of the grid per program. The default is to be measured.
-    Computes in float32 and rounds once. Twin: aquifer.kernels.higgs.higgs_decode_add, bit for bit.
-    """
-    tokens, channels = base.shape
-    groups = scale.shape[1]
-    expect("base", base, (None, None), torch.float32)
-    expect("out", out, (tokens, channels), FLOATS)
-    expect("codes", codes, (tokens, quantizer.code_bytes(channels)), torch.uint8)
-    expect("scale", scale, (tokens, groups), torch.float16)
-    expect_power_of_two("block_points", block_points, 16, 4096)
-    if channels % groups:
-        raise ValueError(f"{channels} channels do not divide into {groups} groups")
-    if base.numel() >= 2**31:
-        raise ValueError(f"{base.numel():,} values at once are too many to be counted in 32 bits")
-    num_points = base.numel() // quantizer.dimension
-    _decode_add[(triton.cdiv(num_points, block_points),)](
-        base,
-        codes.contiguous(),
-        scale.contiguous(),
-        quantizer.grid,
-        out,
-        num_points,
-        base.stride(0),
-        out.stride(0),
-        CHANNELS=channels,
-        GROUP=channels // groups,
-        DIMENSION=quantizer.dimension,
-        BITS=quantizer.index_bits,
-        BLOCK=block_points,
-        num_warps=4,
-        enable_fp_fusion=False,
     )
 
 
