@@ -15,7 +15,7 @@ from redis_server import RedisServer
 _BLOCK = 25
 """Interleavings of one test."""
 
-_COUNT = int(os.environ.get("TEST_INTERLEAVINGS", "200"))
+_COUNT = int(os.environ.get("TEST_INTERLEAVINGS", "100"))
 
 
 @pytest.fixture(scope="module")
