@@ -12,8 +12,9 @@ import torch
 from aquifer.benchmarks.geometries import Subject
 from aquifer.compression.aqua import SCALE_BYTES, SIGNS_SEED, load_quantizer
 from aquifer.kernels.hadamard import Rotation
-from aquifer.kernels.triton.chain import encode_rows, predict, predict_and_add
+from aquifer.kernels.triton.chain import predict, predict_and_add
 from aquifer.kernels.triton.emit import emit
+from aquifer.kernels.triton.encode import encode_rows
 
 KEYS = 0
 """Which half is coded."""

@@ -7,8 +7,8 @@ here waits for the device.
 Import this module only where a CUDA device is in use, or Triton's interpreter.
 """
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache
 from typing import ClassVar
 
 import torch
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from aquifer.compression.aqua import AquaCodec
 from aquifer.compression.chain import ChainCodec, Half
-from aquifer.compression.predictors import Predictors
 from aquifer.compression.raw import check_kv
 from aquifer.compression.spec import Encoded, KVSpec
 from aquifer.kernels.hadamard import hadamard_group
-from aquifer.kernels.triton.chain import COLUMNS, decode_rows, encode_rows, predict, predict_and_add
+from aquifer.kernels.triton.chain import COLUMNS, decode_rows, predict, predict_and_add
 from aquifer.kernels.triton.emit import emit
+from aquifer.kernels.triton.encode import encode_rows
 
 _GROUPS = (16, 4096)
 _LARGEST_BUFFER = 2**31
@@ -46,20 +46,22 @@ class FusedAquaCodec(AquaCodec):
 
     arithmetic: ClassVar[str | None] = "fused-1"
 
-    def __init__(
-        self,
-        spec: KVSpec,
-        bits: int,
-        predictors: Predictors | None,
-        *,
-        device: torch.device,
-        codec_dtype: torch.dtype,
-    ) -> None:
-        super().__init__(spec, bits, predictors, device=device, codec_dtype=codec_dtype)
-        self.biases = [torch.stack([coder.bias for coder in layer]) for layer in self.coders]
-        # Most prompts are cut in the same way, and the tables of a batch take a while to compute.
-        self.encode_offsets = lru_cache(maxsize=8)(self._encode_offsets)
-        self.decode_offsets = lru_cache(maxsize=8)(self._decode_offsets)
+    @cached_property
+    def biases(self) -> list[Tensor]:
+        """float32 [2, C] of each layer."""
+        return [torch.stack([coder.bias for coder in layer]) for layer in self.coders]
+
+    # Most prompts are cut in the same way, and the tables of a batch take a while to compute.
+
+    @cached_property
+    def encode_offsets(self) -> Callable[[tuple[int, ...], torch.device], Tensor]:
+        """See _encode_offsets."""
+        return lru_cache(maxsize=8)(self._encode_offsets)
+
+    @cached_property
+    def decode_offsets(self) -> Callable[[bool, tuple[int, ...], torch.device], Tensor]:
+        """See _decode_offsets."""
+        return lru_cache(maxsize=8)(self._decode_offsets)
 
     def encode(self, keys: Tensor, values: Tensor, counts: Sequence[int]) -> list[Tensor]:
         encoded = self.encode_unchecked(keys, values, counts)

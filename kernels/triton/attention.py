@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aquifer.kernels.triton.checks import FLOATS, expect, expect_power_of_two
+from aquifer.kernels.triton.checks import FLOATS, expect, expect_pool, expect_power_of_two
 
 PAGE_TOKENS = 256
 
@@ -165,11 +165,10 @@ def attend_pages(
     Twin: aquifer.kernels.attention.attend_pages.
     """
     requests, num_q_heads, head_dim = q.shape
-    num_heads, slots = keys.shape[:2]
+    num_heads = len(keys)
     per_head = block_tables.ndim == 3
     expect("q", q, (None, None, None), FLOATS)
-    expect("keys", keys, (None, None, head_dim), q.dtype)
-    expect("values", values, keys.shape, q.dtype)
+    expect_pool(keys, values, None, head_dim, q.dtype)
     expect("block_tables", block_tables, (requests, *([num_heads] if per_head else []), None), torch.int32)
     expect("lengths", lengths, (requests,), torch.int32)
     expect_power_of_two("head_dim", head_dim, 16, 256)
@@ -179,9 +178,6 @@ def attend_pages(
     expect_power_of_two("block_tokens", block_tokens, 16, 256)
     if num_q_heads % num_heads:
         raise ValueError(f"{num_q_heads} query heads do not divide into groups of {num_heads} KV heads")
-    for name, pool in (("keys", keys), ("values", values)):
-        if pool.stride()[:2] != (keys.stride(0), head_dim):
-            raise ValueError(f"{name} has strides {pool.stride()}; needed: those of a pool of {slots} slots")
     blocks = -(-block_tables.shape[-1] * page_tokens // block_tokens)
     if splits is None:
         splits = PROGRAMS // (requests * num_heads)

@@ -2,8 +2,7 @@
 
     state      [T, 2C], the two halves of the layer before (for values: values before, and the layer's keys)
     decoding   one GEMM, which adds the residual straight from stored bytes before it writes a row
-    encoding   the same GEMM gives the prediction in float32; then one pass rotates the half, codes what the
-               prediction misses, and makes the state that decoding will come to
+    encoding   the same GEMM gives the prediction in float32; encode.py codes what it misses
 
 A row's bits do not depend on the rows beside it: every tile sums over K in the same order. So rows encoded a
 few at a time are decoded to the same state in a batch of any size, which cuBLAS does not promise.
@@ -22,10 +21,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from aquifer.kernels.higgs import CELLS, Quantizer
-from aquifer.kernels.packing import indices_per_unit
-from aquifer.kernels.triton.checks import FLOATS, expect, expect_power_of_two
-from aquifer.kernels.triton.hadamard import turn
+from aquifer.kernels.higgs import Quantizer
+from aquifer.kernels.triton.checks import FLOATS, expect
 
 KEY_CODES, VALUE_CODES, KEY_SCALES, VALUE_SCALES = range(4)
 """Rows of a table of offsets, int32 [4, T]: where in a buffer of bytes a token has its parts of a layer."""
@@ -157,107 +154,6 @@ def _step(
     tl.store(where, total.to(out.dtype.element_ty), mask=exists[:, None])
 
 
-@triton.jit
-def _encode_rows(
-    x: tl.tensor,
-    signs: tl.tensor,
-    prediction: tl.tensor,
-    cells: tl.tensor,
-    grid: tl.tensor,
-    offsets: tl.tensor,
-    data: tl.tensor,
-    state: tl.tensor,
-    damaged: tl.tensor,
-    count: tl.tensor,
-    half: tl.tensor,
-    x_stride: tl.tensor,
-    prediction_stride: tl.tensor,
-    offset_stride: tl.tensor,
-    state_stride: tl.tensor,
-    GROUP: tl.constexpr,
-    LEFT: tl.constexpr,
-    RIGHT: tl.constexpr,
-    DIMENSION: tl.constexpr,
-    BITS: tl.constexpr,
-    UNIT: tl.constexpr,
-    AXIS_CELLS: tl.constexpr,
-    TO_CELLS: tl.constexpr,
-    NORM: tl.constexpr,
-    EXACT: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    """One Hadamard group of a block of tokens."""
-    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    exists = token < count
-    group = tl.program_id(1)
-    flat = group * GROUP + tl.arange(0, GROUP)
-    wide_token = token.to(tl.int64)
-    rows = tl.load(x + wide_token[:, None] * x_stride + flat[None, :], mask=exists[:, None], other=0.0).to(
-        tl.float32
-    )
-    # NaN fails the comparison as well, and would be no place in a table. Any program may set the flag.
-    finite = tl.abs(rows) <= 3.4028234663852886e38
-    bad = tl.max(finite.to(tl.int32) ^ 1, axis=1)
-    tl.store(damaged + token, bad, mask=exists & (bad != 0))
-
-    rows = tl.where(finite, rows, 0.0) * tl.load(signs + flat)[None, :]
-    rows = turn(tl.reshape(rows, [BLOCK * LEFT, RIGHT]), RIGHT, EXACT)
-    if LEFT > 1:
-        rows = tl.permute(tl.reshape(rows, [BLOCK, LEFT, RIGHT]), [0, 2, 1])
-        rows = turn(tl.reshape(rows, [BLOCK * RIGHT, LEFT]), LEFT, EXACT)
-        rows = tl.permute(tl.reshape(rows, [BLOCK, RIGHT, LEFT]), [0, 2, 1])
-    points: tl.constexpr = GROUP // DIMENSION
-    rows = tl.reshape(rows, [BLOCK, points, DIMENSION]) * NORM
-
-    axis = tl.arange(0, DIMENSION)
-    channel = group * GROUP + tl.arange(0, points)[:, None] * DIMENSION + axis[None, :]
-    there = exists[:, None, None]
-    start = prediction + wide_token[:, None, None] * prediction_stride + channel[None, :, :]
-    predicted = tl.load(start, mask=there, other=0.0)
-    missed = rows - predicted
-
-    rms = tl.sqrt_rn(tl.sum(tl.sum(missed * missed, axis=2), axis=1)) * NORM
-    scale = tl.minimum(rms, 65504.0).to(tl.float16)
-    scales = (data + tl.load(offsets + (2 + half) * offset_stride + token, mask=exists, other=0)).to(
-        tl.pointer_type(tl.float16)
-    )
-    tl.store(scales + group, scale, mask=exists)
-    wide = scale.to(tl.float32)
-    per_cell = tl.where(wide > 0.0, tl.div_rn(1.0, tl.where(wide > 0.0, wide, 1.0)), 0.0) * TO_CELLS
-
-    # Clamped before it becomes an integer, which a huge value would not fit into.
-    cell = missed * per_cell[:, None, None] + AXIS_CELLS / 2
-    cell = tl.minimum(tl.maximum(cell, 0.0), AXIS_CELLS - 1.0).to(tl.int32)
-    # The first coordinate counts most: its cells are a whole table of the others apart.
-    radix = tl.full([DIMENSION], 1, dtype=tl.int32)
-    for power in tl.static_range(1, DIMENSION):
-        radix = tl.where(axis < DIMENSION - power, radix * AXIS_CELLS, radix)
-    index = tl.load(cells + tl.sum(cell * radix[None, None, :], axis=2)).to(tl.int32)
-
-    values = tl.load(grid + index[:, :, None] * DIMENSION + axis[None, None, :])
-    values = (values * wide[:, None, None]).to(state.dtype.element_ty).to(tl.float32)
-    place = state + wide_token[:, None, None] * state_stride + channel[None, :, :]
-    tl.store(place, (predicted + values).to(state.dtype.element_ty), mask=there)
-
-    own_codes = tl.load(offsets + half * offset_stride + token, mask=exists, other=0)
-    codes = data + own_codes + group * (points * BITS // 8)
-    if BITS == 8:
-        tl.store(codes[:, None] + tl.arange(0, points)[None, :], index.to(tl.uint8), mask=exists[:, None])
-    else:
-        units: tl.constexpr = points // UNIT
-        unit_bytes: tl.constexpr = UNIT * BITS // 8
-        shift = tl.arange(0, UNIT) * BITS
-        word = tl.sum(tl.reshape(index, [BLOCK, units, UNIT]) << shift[None, None, :], axis=2)
-        byte = tl.arange(0, 4)  # tiles are powers of two; the largest unit has three
-        packed = (word[:, :, None] >> (byte * 8)[None, None, :]) & 255
-        where = codes[:, None] + tl.arange(0, units)[None, :] * unit_bytes
-        tl.store(
-            where[:, :, None] + byte[None, None, :],
-            packed.to(tl.uint8),
-            mask=there & (byte < unit_bytes)[None, None, :],
-        )
-
-
 def decode_rows(
     data: Tensor,
     offsets: Tensor,
@@ -387,73 +283,4 @@ def _launch(
         TOGETHER=8,
         num_warps=8,
         num_stages=3,
-    )
-
-
-def encode_rows(
-    x: Tensor,
-    signs: Tensor,
-    group: int,
-    prediction: Tensor,
-    quantizer: Quantizer,
-    half: int,
-    offsets: Tensor,
-    data: Tensor,
-    state: Tensor,
-    damaged: Tensor,
-    *,
-    block_tokens: int = 2,
-) -> None:
-    """Code half of a layer, and make the state that decoding will come to.
-
-    x: [T, C], any float dtype, rows may be strided; signs: float32 [C]; group: G
-    prediction: float32 [T, C], rows may be strided, by 0 as well
-    half: 0 for keys, 1 for values
-    offsets: int32 [4, T], see KEY_CODES, into data, uint8 [B], where codes and scales go
-    state: [T, C], rows may be strided
-    damaged: int32 [T], set to 1 for rows that hold a value that is not finite
-    block_tokens: per program. 2 and 4 are alike on an H200, 1 takes half as long again.
-    Twin: aquifer.kernels.hadamard.Rotation.rotate, then aquifer.kernels.higgs.higgs_encode of the difference.
-    """
-    tokens, channels = x.shape
-    expect("x", x, (None, None), FLOATS)
-    expect("signs", signs, (channels,), torch.float32)
-    expect("prediction", prediction, (tokens, channels), torch.float32)
-    expect("offsets", offsets, (4, tokens), torch.int32)
-    expect("data", data, (None,), torch.uint8)
-    expect("state", state, (tokens, channels), FLOATS)
-    expect("damaged", damaged, (tokens,), torch.int32)
-    expect_power_of_two("group", group, 16, 4096)
-    axis_cells, reach = CELLS[quantizer.dimension]
-    left = 1 if group < 256 else 1 << (group.bit_length() - 1) // 2
-    block_tokens = max(block_tokens, 16 // left)
-    _encode_rows[(triton.cdiv(tokens, block_tokens), channels // group)](
-        x,
-        signs,
-        prediction,
-        quantizer.cells,
-        quantizer.grid,
-        offsets,
-        data,
-        state,
-        damaged,
-        tokens,
-        half,
-        x.stride(0),
-        prediction.stride(0),
-        offsets.stride(0),
-        state.stride(0),
-        GROUP=group,
-        LEFT=left,
-        RIGHT=group // left,
-        DIMENSION=quantizer.dimension,
-        BITS=quantizer.index_bits,
-        UNIT=indices_per_unit(quantizer.index_bits),
-        AXIS_CELLS=axis_cells,
-        TO_CELLS=axis_cells / (2 * reach),
-        NORM=group**-0.5,
-        EXACT=x.dtype == torch.float32,
-        BLOCK=block_tokens,
-        num_warps=4,
-        enable_fp_fusion=False,
     )

@@ -27,6 +27,22 @@ def expect(
         raise ValueError(f"{name} has stride {tensor.stride(-1)} in its last dimension; needed: 1")
 
 
+def expect_pool(
+    keys: Tensor,
+    values: Tensor,
+    heads: int | None,
+    head_dim: int | None,
+    dtypes: torch.dtype | Sequence[torch.dtype],
+) -> None:
+    """Raise ValueError unless keys and values [H, slots, D] are alike, and the slots of a head side by side,
+    as in one layer of a pool of pages."""
+    expect("keys", keys, (heads, None, head_dim), dtypes)
+    expect("values", values, keys.shape, keys.dtype)
+    for name, half in (("keys", keys), ("values", values)):
+        if half.stride()[:2] != (keys.stride(0), keys.shape[2]):
+            raise ValueError(f"{name} has strides {half.stride()}; needed: those of a pool's layer")
+
+
 def expect_power_of_two(name: str, value: int, smallest: int, largest: int) -> None:
     """Raise ValueError unless smallest <= value <= largest, in powers of two."""
     if not smallest <= value <= largest or value & (value - 1):

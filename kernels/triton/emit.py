@@ -1,7 +1,6 @@
 """The last step of decoding a layer: out of the rotated domain, RoPE, and into the pages.
 
-A Sylvester matrix is a Kronecker product, so a group of a*b channels, seen as a matrix [a, b], is turned by
-a small matrix from each side. Both products, the signs and RoPE happen in registers.
+All of it happens in registers.
 
 Bytes moved: one element read and one written per channel, plus 2 * D per token for RoPE. The plain code
 moves about eight times as many, a pass over memory per step.
@@ -12,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aquifer.kernels.triton.checks import FLOATS, INDICES, expect, expect_power_of_two
-from aquifer.kernels.triton.hadamard import turn
+from aquifer.kernels.triton.checks import FLOATS, INDICES, expect, expect_pool, expect_power_of_two
+from aquifer.kernels.triton.hadamard import LEAST, factors, turn_group
 
 
 @triton.jit
@@ -46,12 +45,7 @@ def _emit(
     row = state + is_values * CHANNELS + token.to(tl.int64)[:, None] * row_stride
     x = tl.load(row + channel[None, :], mask=exists[:, None], other=0.0).to(tl.float32)
 
-    x = turn(tl.reshape(x, [BLOCK * LEFT, RIGHT]), RIGHT, EXACT)
-    if LEFT > 1:
-        x = tl.permute(tl.reshape(x, [BLOCK, LEFT, RIGHT]), [0, 2, 1])
-        x = turn(tl.reshape(x, [BLOCK * RIGHT, LEFT]), LEFT, EXACT)
-        x = tl.permute(tl.reshape(x, [BLOCK, RIGHT, LEFT]), [0, 2, 1])
-    x = tl.reshape(x, [BLOCK, GROUP]) * (tl.load(signs + channel) * NORM)[None, :]
+    x = turn_group(x, LEFT, RIGHT, EXACT) * (tl.load(signs + channel) * NORM)[None, :]
 
     # Half-split layout: channel i of a head turns with channel i + D/2.
     half: tl.constexpr = HEAD_DIM // 2
@@ -103,13 +97,12 @@ def emit(
     """
     tokens, width = state.shape
     channels = width // 2
-    heads, num_slots, head_dim = keys.shape
+    heads, _, head_dim = keys.shape
     cos, sin = rope
     expect("state", state, (None, 2 * heads * head_dim), FLOATS)
     expect("signs", signs, (channels,), torch.float32)
     expect("slots", slots, (tokens,), INDICES)
-    expect("keys", keys, (None, None, None), FLOATS)
-    expect("values", values, (heads, num_slots, head_dim), keys.dtype)
+    expect_pool(keys, values, None, None, FLOATS)
     expect("cos", cos, (tokens, head_dim), FLOATS)
     expect("sin", sin, (tokens, head_dim), cos.dtype)
     expect_power_of_two("group", group, 16, 4096)
@@ -117,11 +110,8 @@ def emit(
     expect_power_of_two("block_tokens", block_tokens, 1, 256)
     if channels % group:
         raise ValueError(f"{channels} channels do not divide into groups of {group}")
-    if keys.stride(1) != head_dim or keys.stride() != values.stride():
-        raise ValueError(f"keys have strides {keys.stride()}, values {values.stride()}; needed: a pool's")
-    # Products of matrices have at least 16 rows and columns: smaller groups are turned from one side, whole.
-    left = 1 if group < 256 else 1 << (group.bit_length() - 1) // 2
-    block_tokens = max(block_tokens, 16 // left)
+    left, right = factors(group)
+    block_tokens = max(block_tokens, LEAST // left)
     _emit[(triton.cdiv(tokens, block_tokens), channels // group, 2)](
         state,
         signs,
@@ -136,7 +126,7 @@ def emit(
         CHANNELS=channels,
         GROUP=group,
         LEFT=left,
-        RIGHT=group // left,
+        RIGHT=right,
         HEAD_DIM=head_dim,
         NORM=group**-0.5,
         EXACT=keys.dtype == torch.float32,

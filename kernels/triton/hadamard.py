@@ -3,6 +3,15 @@
 import triton
 import triton.language as tl
 
+LEAST = 16
+"""Rows and columns that a product of matrices has at least."""
+
+
+def factors(group: int) -> tuple[int, int]:
+    """Sizes of the two matrices that turn a group of channels, a power of two; see `turn_group`."""
+    left = 1 if group < LEAST**2 else 1 << (group.bit_length() - 1) // 2
+    return left, group // left
+
 
 @triton.jit
 def sylvester(SIZE: tl.constexpr) -> tl.tensor:
@@ -33,3 +42,19 @@ def turn(x: tl.tensor, SIZE: tl.constexpr, EXACT: tl.constexpr) -> tl.tensor:
         rest = tl.dot(x - high, matrix, input_precision="tf32")
         return tl.dot(high, matrix, rest, input_precision="tf32")
     return tl.dot(x, matrix, input_precision="tf32")
+
+
+@triton.jit
+def turn_group(x: tl.tensor, LEFT: tl.constexpr, RIGHT: tl.constexpr, EXACT: tl.constexpr) -> tl.tensor:
+    """x @ sylvester(LEFT * RIGHT), x: float32 [T, LEFT * RIGHT].
+
+    The matrix is a Kronecker product, so rows seen as matrices [LEFT, RIGHT] are turned by a small matrix
+    from each side.
+    """
+    rows: tl.constexpr = x.shape[0]
+    x = turn(tl.reshape(x, [rows * LEFT, RIGHT]), RIGHT, EXACT)
+    if LEFT > 1:
+        x = tl.permute(tl.reshape(x, [rows, LEFT, RIGHT]), [0, 2, 1])
+        x = turn(tl.reshape(x, [rows * RIGHT, LEFT]), LEFT, EXACT)
+        x = tl.permute(tl.reshape(x, [rows, RIGHT, LEFT]), [0, 2, 1])
+    return tl.reshape(x, [rows, LEFT * RIGHT])

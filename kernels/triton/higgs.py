@@ -17,6 +17,58 @@ from aquifer.kernels.triton.checks import expect, expect_power_of_two
 
 
 @triton.jit
+def group_scale(values: tl.tensor, NORM: tl.constexpr) -> tl.tensor:
+    """Scales float16 [N] of groups [N, P, DIMENSION]: root mean squares, as they are stored. NORM: G^-0.5."""
+    rms = tl.sqrt_rn(tl.sum(tl.sum(values * values, axis=2), axis=1)) * NORM
+    return tl.minimum(rms, 65504.0).to(tl.float16)
+
+
+@triton.jit
+def nearest(
+    values: tl.tensor,
+    scale: tl.tensor,
+    cells: tl.tensor,
+    DIMENSION: tl.constexpr,
+    AXIS_CELLS: tl.constexpr,
+    TO_CELLS: tl.constexpr,
+) -> tl.tensor:
+    """Indices int32 [N, P] of the grid points next to values [N, P, DIMENSION] / scale, float32 [N]."""
+    per_cell = tl.where(scale > 0.0, tl.div_rn(1.0, tl.where(scale > 0.0, scale, 1.0)), 0.0) * TO_CELLS
+    # Clamped before it becomes an integer, which a huge value would not fit into.
+    cell = values * per_cell[:, None, None] + AXIS_CELLS / 2
+    cell = tl.minimum(tl.maximum(cell, 0.0), AXIS_CELLS - 1.0).to(tl.int32)
+    # The first coordinate counts most: its cells are a whole table of the others apart.
+    axis = tl.arange(0, DIMENSION)
+    radix = tl.full([DIMENSION], 1, dtype=tl.int32)
+    for power in tl.static_range(1, DIMENSION):
+        radix = tl.where(axis < DIMENSION - power, radix * AXIS_CELLS, radix)
+    return tl.load(cells + tl.sum(cell * radix[None, None, :], axis=2)).to(tl.int32)
+
+
+@triton.jit
+def store_codes(
+    index: tl.tensor, codes: tl.tensor, exists: tl.tensor, BITS: tl.constexpr, UNIT: tl.constexpr
+) -> None:
+    """Pack indices int32 [N, P] to pointers [N], where they exist. A unit of indices fills whole bytes."""
+    points: tl.constexpr = index.shape[1]
+    if BITS == 8:
+        tl.store(codes[:, None] + tl.arange(0, points)[None, :], index.to(tl.uint8), mask=exists[:, None])
+    else:
+        units: tl.constexpr = points // UNIT
+        unit_bytes: tl.constexpr = UNIT * BITS // 8
+        shift = tl.arange(0, UNIT) * BITS
+        word = tl.sum(tl.reshape(index, [index.shape[0], units, UNIT]) << shift[None, None, :], axis=2)
+        byte = tl.arange(0, 4)  # tiles are powers of two; the largest unit has three
+        packed = (word[:, :, None] >> (byte * 8)[None, None, :]) & 255
+        where = codes[:, None] + tl.arange(0, units)[None, :] * unit_bytes
+        tl.store(
+            where[:, :, None] + byte[None, None, :],
+            packed.to(tl.uint8),
+            mask=exists[:, None, None] & (byte < unit_bytes)[None, None, :],
+        )
+
+
+@triton.jit
 def _encode(
     x: tl.tensor,
     codes: tl.tensor,
@@ -32,7 +84,7 @@ def _encode(
     NORM: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One block of groups, counted over all rows. A unit of indices fills whole bytes."""
+    """One block of groups, counted over all rows."""
     points: tl.constexpr = GROUP // DIMENSION
     group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = group < num_groups
@@ -42,33 +94,10 @@ def _encode(
         x + group[:, None, None] * GROUP + channel[None, :, :], mask=exists[:, None, None], other=0.0
     )
 
-    rms = tl.sqrt_rn(tl.sum(tl.sum(values * values, axis=2), axis=1)) * NORM
-    scale = tl.minimum(rms, 65504.0).to(tl.float16)
+    scale = group_scale(values, NORM)
     tl.store(scales + group, scale, mask=exists)
-    wide = scale.to(tl.float32)
-    per_cell = tl.where(wide > 0.0, tl.div_rn(1.0, tl.where(wide > 0.0, wide, 1.0)), 0.0) * TO_CELLS
-
-    # Clamped before it becomes an integer, which a huge value would not fit into.
-    cell = values * per_cell[:, None, None] + AXIS_CELLS / 2
-    cell = tl.minimum(tl.maximum(cell, 0.0), AXIS_CELLS - 1.0).to(tl.int32)
-    # The first coordinate counts most: its cells are a whole table of the others apart.
-    radix = tl.full([DIMENSION], 1, dtype=tl.int32)
-    for power in tl.static_range(1, DIMENSION):
-        radix = tl.where(axis < DIMENSION - power, radix * AXIS_CELLS, radix)
-    index = tl.load(cells + tl.sum(cell * radix[None, None, :], axis=2)).to(tl.int32)
-
-    units: tl.constexpr = points // UNIT
-    unit_bytes: tl.constexpr = UNIT * BITS // 8
-    place = tl.arange(0, UNIT)
-    word = tl.sum(tl.reshape(index, [BLOCK, units, UNIT]) << (place * BITS)[None, None, :], axis=2)
-    byte = tl.arange(0, 4)  # tiles are powers of two; the largest unit has three
-    packed = (word[:, :, None] >> (byte * 8)[None, None, :]) & 255
-    where = group[:, None] * (units * unit_bytes) + tl.arange(0, units)[None, :] * unit_bytes
-    tl.store(
-        codes + where[:, :, None] + byte[None, None, :],
-        packed.to(tl.uint8),
-        mask=exists[:, None, None] & (byte < unit_bytes)[None, None, :],
-    )
+    index = nearest(values, scale.to(tl.float32), cells, DIMENSION, AXIS_CELLS, TO_CELLS)
+    store_codes(index, codes + group * (points * BITS // 8), exists, BITS, UNIT)
 
 
 def higgs_encode(

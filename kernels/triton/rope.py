@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aquifer.kernels.triton.checks import FLOATS, INDICES, expect, expect_power_of_two
+from aquifer.kernels.triton.checks import FLOATS, INDICES, expect, expect_pool, expect_power_of_two
 
 _FEW_TOKENS = 64
 """Up to so many, a program takes one token of one head: a decode step is bound by latency."""
@@ -104,16 +104,12 @@ def rotate_and_store(
     expect("cos", cos, (tokens, head_dim), q.dtype)
     expect("sin", sin, (tokens, head_dim), q.dtype)
     expect("slots", slots, (tokens,), INDICES)
-    expect("keys", keys, (kv_heads, None, head_dim), q.dtype)
-    expect("values", values, keys.shape, q.dtype)
+    expect_pool(keys, values, kv_heads, head_dim, q.dtype)
     expect_power_of_two("head_dim", head_dim, 16, 256)
     if not (cos.is_contiguous() and sin.is_contiguous()):
         raise ValueError("cos and sin must be contiguous")
     if any(t.stride(1) != head_dim for t in (q, k, v)):
         raise ValueError("the heads of a token must lie side by side")
-    for name, pool in (("keys", keys), ("values", values)):
-        if pool.stride()[:2] != (keys.stride(0), head_dim):
-            raise ValueError(f"{name} has strides {pool.stride()}; needed: those of a pool's layer")
     out_q = torch.empty(tokens, query_heads, head_dim, dtype=q.dtype, device=q.device)
     out_k = torch.empty(tokens, kv_heads, head_dim, dtype=q.dtype, device=q.device)
     block = 1 if tokens <= _FEW_TOKENS else 16

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aquifer.kernels.triton.checks import FLOATS, expect, expect_power_of_two
+from aquifer.kernels.triton.checks import FLOATS, expect, expect_pool, expect_power_of_two
 from aquifer.kernels.triton.hadamard import turn
 from aquifer.kernels.triton.lanes import (
     CHOSEN,
@@ -266,15 +266,11 @@ def fetch_rows(
     expect("grid", grid, (256, 2), torch.float32)
     expect("signs", signs, (head_dim,), torch.float32)
     expect("means", means, (heads, head_dim), torch.float32)
-    expect("keys", keys, (heads, None, head_dim), FLOATS)
-    expect("values", values, keys.shape, keys.dtype)
+    expect_pool(keys, values, heads, head_dim, FLOATS)
     expect_power_of_two("head_dim", head_dim, 64, 128)
     expect_power_of_two("block_rows", block_rows, 16, 128)
     if sets not in (1, heads):
         raise ValueError(f"{sets} sets of tokens for {heads} heads; needed: 1 or {heads}")
-    for name, pool in (("keys", keys), ("values", values)):
-        if pool.stride()[:2] != (keys.stride(0), head_dim):
-            raise ValueError(f"{name} has strides {pool.stride()}; needed: those of a pool")
     if not rows.is_contiguous():
         raise ValueError("rows are not contiguous")
     if keys.is_cuda and not rows.is_pinned():

@@ -8,7 +8,8 @@ from aquifer.compression.aqua import load_quantizer
 from aquifer.kernels import higgs as plain
 from aquifer.kernels.hadamard import Rotation
 from aquifer.kernels.higgs import Quantizer
-from aquifer.kernels.triton.chain import decode_rows, encode_rows, predict, predict_and_add
+from aquifer.kernels.triton.chain import decode_rows, predict, predict_and_add
+from aquifer.kernels.triton.encode import encode_rows
 
 # The interpreter truncates to bfloat16 where a device rounds.
 DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float16
