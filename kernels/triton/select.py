@@ -42,6 +42,19 @@ def _chunk(tokens: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 
 
 @triton.jit
+def _own_ranks(lanes: tl.tensor, tokens: tl.tensor) -> tl.tensor:
+    """Where the ranks of this program's set are. The grid is (chunks, sets, requests) in all kernels."""
+    return memory(lanes, tl.program_id(2), KEYS, tl.int16) + tl.program_id(1).to(tl.int64) * tokens
+
+
+@triton.jit
+def _own_counts(counts: tl.tensor, chunk: tl.tensor) -> tl.tensor:
+    """Where int32 [256] of a chunk of this program's set are."""
+    own_set = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    return counts + (own_set * tl.num_programs(0) + chunk) * 256
+
+
+@triton.jit
 def _limit(counts: tl.tensor, wanted: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """The bin in which the wanted-th token lies, and how many of that bin are wanted.
 
@@ -78,7 +91,7 @@ def _rank(
         lse = shift + tl.log(tl.maximum(tl.sum(tl.exp(each - shift[:, None]), axis=1), 1e-30))
 
         scores = memory(lanes, request, SCORES, tl.float32)
-        keys = memory(lanes, request, KEYS, tl.int16) + own_set.to(tl.int64) * tokens
+        keys = _own_ranks(lanes, tokens)
         row_at = query_head.to(tl.int64)[:, None] * tokens
         counts = tl.zeros([256], dtype=tl.int32)
         start, stop = _chunk(tokens)
@@ -92,17 +105,15 @@ def _rank(
             key = tl.where(token >= first, key, NEVER)
             counts += tl.histogram(key >> 8, 256, mask=inside)
             tl.store(keys + token, key.to(tl.int16), mask=inside)
-        chunk = (request * tl.num_programs(1) + own_set) * tl.num_programs(0) + tl.program_id(0)
-        tl.store(upper + chunk * 256 + bins, counts)
+        tl.store(_own_counts(upper, tl.program_id(0)) + bins, counts)
 
 
 @triton.jit
-def _histograms(counts: tl.tensor, chunks: tl.tensor, CHUNKS: tl.constexpr) -> tl.tensor:
-    """int32 [CHUNKS, 256]: of all chunks of this program's set. The grid is (chunks, sets, requests)."""
+def _histograms(counts: tl.tensor, CHUNKS: tl.constexpr) -> tl.tensor:
+    """int32 [CHUNKS, 256]: of all chunks of this program's set."""
     chunk, bins = tl.arange(0, CHUNKS), tl.arange(0, 256)
-    own = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * chunks
-    place = (own + chunk)[:, None] * 256 + bins[None, :]
-    return tl.load(counts + place, mask=chunk[:, None] < chunks, other=0)
+    place = _own_counts(counts, chunk)[:, None] + bins[None, :]
+    return tl.load(place, mask=chunk[:, None] < tl.num_programs(0), other=0)
 
 
 @triton.jit
@@ -114,20 +125,19 @@ def _refine(
     BLOCK: tl.constexpr,
 ) -> None:
     """The lower bytes of those ranks of one chunk whose upper byte is the limit's."""
-    own_set, request = tl.program_id(1), tl.program_id(2)
+    request = tl.program_id(2)
     tokens = number(lanes, request, TOKENS)
     if tokens > 0:
-        totals = tl.sum(_histograms(upper, tl.num_programs(0), CHUNKS), 0)
+        totals = tl.sum(_histograms(upper, CHUNKS), 0)
         limit, _ = _limit(totals, number(lanes, request, WANTED))
-        keys = memory(lanes, request, KEYS, tl.int16) + own_set.to(tl.int64) * tokens
+        keys = _own_ranks(lanes, tokens)
         counts = tl.zeros([256], dtype=tl.int32)
         start, stop = _chunk(tokens)
         for at in range(start, stop, BLOCK):
             token = at + tl.arange(0, BLOCK)
             key = tl.load(keys + token, mask=token < stop, other=0).to(tl.int32) & NEVER
             counts += tl.histogram(key & 255, 256, mask=(token < stop) & (key >> 8 == limit))
-        chunk = (request * tl.num_programs(1) + own_set) * tl.num_programs(0) + tl.program_id(0)
-        tl.store(lower + chunk * 256 + tl.arange(0, 256), counts)
+        tl.store(_own_counts(lower, tl.program_id(0)) + tl.arange(0, 256), counts)
 
 
 @triton.jit
@@ -143,8 +153,8 @@ def _choose(
     tokens, count = number(lanes, request, TOKENS), number(lanes, request, WANTED)
     if tokens > 0:
         bins = tl.arange(0, 256)[None, :]
-        uppers = _histograms(upper, tl.num_programs(0), CHUNKS)
-        lowers = _histograms(lower, tl.num_programs(0), CHUNKS)
+        uppers = _histograms(upper, CHUNKS)
+        lowers = _histograms(lower, CHUNKS)
         upper_limit, wanted = _limit(tl.sum(uppers, 0), count)
         lower_limit, ties_wanted = _limit(tl.sum(lowers, 0), wanted)
         limit = upper_limit * 256 + lower_limit
@@ -154,7 +164,7 @@ def _choose(
         ties_before = tl.sum(tl.where(earlier, ties, 0), 0)
         sure_before = tl.sum(tl.where(earlier, sure, 0), 0)
 
-        keys = memory(lanes, request, KEYS, tl.int16) + own_set.to(tl.int64) * tokens
+        keys = _own_ranks(lanes, tokens)
         chosen = memory(lanes, request, CHOSEN, tl.int32) + own_set * count
         start, stop = _chunk(tokens)
         for at in range(start, stop, BLOCK):
@@ -200,6 +210,7 @@ def select_tokens(
     if num_q_heads % sets:
         raise ValueError(f"{num_q_heads} query heads do not divide into {sets} sets")
     heads = num_q_heads // sets
+    rows = triton.next_power_of_2(heads)
     chunks = chunks or max(1, min(MAX_CHUNKS, PROGRAMS // (requests * sets)))
     upper, lower = torch.empty(2, requests, sets, chunks, 256, dtype=torch.int32, device=lanes.device)
     grid = (chunks, sets, requests)
@@ -210,11 +221,9 @@ def select_tokens(
         first,
         parts,
         HEADS=heads,
-        ROWS=triton.next_power_of_2(heads),
+        ROWS=rows,
         PARTS=MAX_PARTS,
-        BLOCK=max(
-            128, block_tokens * 4 // max(4, triton.next_power_of_2(heads))
-        ),  # as many scores for any set
+        BLOCK=max(128, block_tokens * 4 // max(4, rows)),  # as many scores for any set
         num_warps=8,
     )
     _refine[grid](lanes, upper, lower, CHUNKS=MAX_CHUNKS, BLOCK=block_tokens, num_warps=8)
