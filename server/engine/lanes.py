@@ -36,8 +36,7 @@ class LaneCache:
     ) -> None:
         """See SelectiveCache."""
         spec = parts.adapter.spec
-        self._pool, self._table = parts.pool, table
-        self._sinks = BlockTable(row_pages).runs([(0, SINK_TOKENS)])
+        self._table = table
         self._tail_from = len(index_pages) * SEGMENT_TOKENS
         tail_pages = table.pages[len(index_pages) :]
         self._lane = Lane(
@@ -57,10 +56,6 @@ class LaneCache:
     def device_bytes(self) -> int:
         """What it holds besides pages and landmarks."""
         return self._lane.nbytes
-
-    def write_sinks(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """keys (after RoPE), values: [H, 4, D] of the first tokens."""
-        self._pool.write(layer, self._sinks, keys, values)
 
     def open(self, start: int, count: int) -> CachePass:
         raise ValueError(f"a lane takes one new token in a recorded step, not {count} in a pass")

@@ -223,7 +223,7 @@ class StepLoop:
             state.decoding = OneByOne(cache, state.sampler)
         else:
             rows = selective_cache(parts, cache.table, room.index_pages, room.row_pages, plan.selection)
-            fill_sinks(rows, cache, self._reader)
+            fill_sinks(parts.pool, room.row_pages, cache, self._reader)
             if plan.mode == "verified":
                 state.decoding = Verified(rows, cache, state.sampler, parts.eos_token_ids, self._metrics)
             else:

@@ -165,8 +165,7 @@ class SelectiveCache:
         self._landmarks = BlockTable(index_pages).runs(spans)
         device = parts.pool.keys.device
         rows = BlockTable(row_pages)
-        self._sinks = rows.runs([(0, SINK_TOKENS)])
-        self._sink_slots = _flat(self._sinks, device)
+        self._sink_slots = _flat(rows.runs([(0, SINK_TOKENS)]), device)
         slots = _flat(rows.runs([(SINK_TOKENS, selection.row_slots - SINK_TOKENS)]), device)
         self._rows = RowCache(parts.pool, parts.index, _flat(self._landmarks, device), slots, selection)
         self._step = 0
@@ -174,10 +173,6 @@ class SelectiveCache:
     @property
     def map_bytes(self) -> int:
         return self._rows.map_bytes
-
-    def write_sinks(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """keys (after RoPE), values: [H, 4, D] of the first tokens."""
-        self.pool.write(layer, self._sinks, keys, values)
 
     def open(self, start: int, count: int) -> CachePass:
         """count must be 1: what one token selects is not what another one needs."""
@@ -273,12 +268,12 @@ def build_index(
             index.write(layer, runs, *stream.next_layer())
 
 
-def fill_sinks(selective: SelectiveCache | LaneCache, cache: PagedCache, reader: SegmentReader) -> None:
-    """Give a selective cache the KV of the first tokens."""
-    run = cache.table.runs([(0, SINK_TOKENS)])
-    stream = None if run else reader.source([cache.host[0]], sinks_only=True).open()
+def fill_sinks(pool: PagePool, row_pages: Sequence[int], cache: PagedCache, reader: SegmentReader) -> None:
+    """Put the KV of the first tokens where selective attention reads it. row_pages: see SelectiveCache."""
+    source, sinks = (table.runs([(0, SINK_TOKENS)]) for table in (cache.table, BlockTable(row_pages)))
+    stream = None if source else reader.source([cache.host[0]], sinks_only=True).open()
     for layer in range(reader.adapter.spec.num_layers):
-        selective.write_sinks(layer, *(stream.next_layer() if stream else cache.read(layer, run)))
+        pool.write(layer, sinks, *(stream.next_layer() if stream else cache.read(layer, source)))
 
 
 def _flat(runs: Sequence[tuple[int, int]], device: torch.device) -> Tensor:

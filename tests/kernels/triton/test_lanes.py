@@ -93,7 +93,7 @@ class Setting:
             if kind is SelectiveCache:
                 build_index(self.index, index_pages, range(segments), whole, reader)
             caches.append(kind(self.parts, whole.table, index_pages, row_pages, selection))
-            fill_sinks(caches[-1], whole, reader)
+            fill_sinks(self.pool, row_pages, whole, reader)
         one, other = caches
         assert isinstance(one, SelectiveCache) and isinstance(other, LaneCache)
         return one, other
