@@ -108,6 +108,7 @@ def build_engine(settings: Settings, metrics: Metrics) -> Engine:
             chunk_tokens=settings.prefill_chunk_tokens,
             refuse_when_full=settings.when_full == "refuse",
             streamed_bytes=settings.streamed_gpu_bytes,
+            staging_bytes=_staging_bytes(adapter.device),
             selective_budget=settings.selective_budget,
             shared_selection=settings.selective_sets == "layer",
         ),
@@ -212,6 +213,14 @@ def _device_kv_bytes(settings: Settings, device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * _CUDA_FREE_SHARE)
     return _CPU_KV_BYTES
+
+
+def _staging_bytes(device: torch.device) -> int:
+    """Half of what is free when all pages are there; the rest is for everything else that a step computes."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free // 2
+    return _CPU_KV_BYTES // 2
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -57,6 +57,9 @@ class LaneCache:
         """What it holds besides pages and landmarks."""
         return self._lane.nbytes
 
+    def staging_bytes(self, start: int) -> int:
+        return self.device_bytes
+
     def open(self, start: int, count: int) -> CachePass:
         raise ValueError(f"a lane takes one new token in a recorded step, not {count} in a pass")
 

@@ -54,7 +54,9 @@ class StepLoop:
         """post: runs an action on the loop's thread, from any thread."""
         self._parts, self._admission, self._post = parts, admission, post
         self._limits, self._metrics = parts.limits, parts.metrics
-        self._runner = ModelRunner(parts.adapter, parts.pool, graphed_steps(parts))
+        self._runner = ModelRunner(
+            parts.adapter, parts.pool, graphed_steps(parts), staging_limit=parts.limits.staging_bytes
+        )
         self._reader = SegmentReader(parts.adapter, parts.codec, parts.raw, parts.metrics)
         self._fetcher = Fetcher(parts.codec, parts.raw, parts.store, parts.gate)
         self._writer = SegmentWriter(parts.codec, parts.raw, parts.store, parts.metrics, parts.adapter.device)

@@ -21,6 +21,8 @@ class EngineLimits:
     refuse_when_full: whether a request for which there is no room right now is refused instead of waiting.
     streamed_bytes: device bytes that one request may fill with segments of a document that is not resident;
         None: half of what is free when it starts.
+    staging_bytes: device bytes that the passes of one step may take besides pages: documents that are not
+        resident are reconstructed layer by layer, so many of them at a time as fit. None: any number.
     selective_budget: share of the prompt that selective attention reads, where a request names none.
     shared_selection: whether all KV heads of a layer attend to one set of selected tokens.
     """
@@ -30,6 +32,7 @@ class EngineLimits:
     chunk_tokens: int
     refuse_when_full: bool = False
     streamed_bytes: int | None = None
+    staging_bytes: int | None = None
     selective_budget: float = 0.05
     shared_selection: bool = False
 

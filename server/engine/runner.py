@@ -32,9 +32,6 @@ class CachePass(Protocol):
     slots: list[int | None]
     """Where the KV of the new tokens goes in the pool; None: nowhere."""
 
-    staging_bytes: int
-    """What the pass takes on the device besides pages and landmarks."""
-
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of the new tokens to the cache and to each other; called for layers 0 to L-1.
 
@@ -44,6 +41,9 @@ class CachePass(Protocol):
 
 class SequenceCache(Protocol):
     """The KV of one sequence, wherever it is."""
+
+    def staging_bytes(self, start: int) -> int:
+        """What a pass of new tokens from `start` on takes on the device besides pages and landmarks."""
 
     def open(self, start: int, count: int) -> CachePass:
         """Begin a pass of `count` new tokens at positions start, start+1, ..."""
@@ -79,10 +79,19 @@ class FastStep(Protocol):
 class ModelRunner:
     """Joins the adapter (arithmetic of the model) with the pool (where its KV lies)."""
 
-    def __init__(self, adapter: DecoderAdapter, pool: PagePool, fast: Sequence[FastStep] = ()) -> None:
+    def __init__(
+        self,
+        adapter: DecoderAdapter,
+        pool: PagePool,
+        fast: Sequence[FastStep] = (),
+        *,
+        staging_limit: int | None = None,
+    ) -> None:
+        """staging_limit: device bytes that sequences of one pass may take besides pages; None: any."""
         self._adapter = adapter
         self._pool = pool
         self._fast = fast
+        self._staging_limit = staging_limit
         self._pass_bytes = 0
 
     @property
@@ -111,9 +120,22 @@ class ModelRunner:
             if own:
                 results |= zip(own, fast.run([rows[number] for number in own]), strict=True)
                 left = [number for number in left if number not in results]
-        if left:
-            results |= zip(left, self._step_plainly([rows[number] for number in left]), strict=True)
+        for group in self._passes(rows, left):
+            results |= zip(group, self._step_plainly([rows[number] for number in group]), strict=True)
         return [results[number] for number in range(len(rows))]
+
+    def _passes(self, rows: Sequence[Rows], numbers: Sequence[int]) -> list[list[int]]:
+        """Which of the rows are computed together: as many as the device has room for."""
+        passes: list[list[int]] = []
+        taken = 0
+        for number in numbers:
+            needed = rows[number].cache.staging_bytes(rows[number].start)
+            taken += needed
+            if not passes or (self._staging_limit is not None and taken > self._staging_limit):
+                passes.append([])
+                taken = needed
+            passes[-1].append(number)
+        return passes
 
     def _step_plainly(self, rows: Sequence[Rows]) -> list[StepResult]:
         logits = self._adapter.logits(self._forward(rows))
@@ -129,8 +151,8 @@ class ModelRunner:
     def _forward(self, rows: Sequence[Rows], kept: LayerKV | None = None) -> Tensor:
         """kept: gets the KV of all new tokens."""
         device, pool = self._adapter.device, self._pool
+        self._pass_bytes = sum(row.cache.staging_bytes(row.start) for row in rows)
         passes = [row.cache.open(row.start, len(row.token_ids)) for row in rows]
-        self._pass_bytes = sum(one.staging_bytes for one in passes)
         spans: list[slice] = []
         for row in rows:
             first = spans[-1].stop if spans else 0
@@ -179,25 +201,32 @@ class PagedCache:
         """Segments without a page that are read from the store, by index."""
         self._prepared: tuple[list[int], SegmentSource] | None = None
 
+    def staging_bytes(self, start: int) -> int:
+        source = self._source(start)
+        return source.staging_bytes if source else 0
+
     def open(self, start: int, count: int) -> PagedPass:
         table = self.table
         # A single token reads itself from its page. Several attend to the past in full and to each other
         # causally, because fused kernels are slow (or wrong) at a mask whose corner is not the matrix's.
         causal = count > 1
         past = table.runs([(0, start if causal else start + 1)])
-        absent = [i for i, page in enumerate(table.pages[: start // SEGMENT_TOKENS]) if page is None]
-        source = self._source(absent) if absent else None
+        source = self._source(start)
+        if source is not None and self._reader is not None:
+            self._reader.metrics.fetched_bytes.labels(mode="streamed").inc(source.num_bytes)
         slots = [table.slot(at) for at in range(start, start + count)]
         return PagedPass(self._pool, slots, past, source, causal=causal)
 
-    def _source(self, absent: list[int]) -> SegmentSource:
-        """The segments without a page; while a prompt is read they become more, then they stay the same."""
+    def _source(self, start: int) -> SegmentSource | None:
+        """The segments before `start` that have no page, if there are any; while a prompt is read they
+        become more, then they stay the same."""
+        absent = [i for i, page in enumerate(self.table.pages[: start // SEGMENT_TOKENS]) if page is None]
+        if not absent:
+            return None
         assert self._reader is not None
         if self._prepared is None or self._prepared[0] != absent:
             self._prepared = absent, self._reader.source([self.host[index] for index in absent])
-        source = self._prepared[1]
-        self._reader.metrics.fetched_bytes.labels(mode="streamed").inc(source.num_bytes)
-        return source
+        return self._prepared[1]
 
     def release(self) -> None:
         """End the leases of the stored segments; no pass may be opened after that."""
@@ -231,7 +260,6 @@ class PagedPass:
         causal: bool,
     ) -> None:
         self.slots = slots
-        self.staging_bytes = source.staging_bytes if source else 0
         self._pool, self._past, self._causal = pool, past, causal
         self._stream = source.open() if source else None
 

@@ -170,8 +170,7 @@ class SelectiveCache:
         self._rows = RowCache(parts.pool, parts.index, _flat(self._landmarks, device), slots, selection)
         self._step = 0
 
-    @property
-    def map_bytes(self) -> int:
+    def staging_bytes(self, start: int) -> int:
         return self._rows.map_bytes
 
     def open(self, start: int, count: int) -> CachePass:
@@ -214,7 +213,6 @@ class _SelectivePass:
 
     def __init__(self, cache: SelectiveCache, tail: Sequence[tuple[int, int]], slot: int | None) -> None:
         self.slots = [slot]
-        self.staging_bytes = cache.map_bytes
         self._cache, self._tail = cache, tail
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -96,6 +96,28 @@ def test_auto_takes_the_device_if_the_prompt_fits_and_stays_exact_if_not(make_en
     assert answer(without_index, ask(prompt(4, 1700), 12, mode="auto"))[1].kv.mode == "streamed"
 
 
+def test_documents_off_the_device_are_reconstructed_as_many_at_a_time_as_there_is_room(
+    make_engine: MakeEngine,
+) -> None:
+    model = tiny_model("llama")
+    prompts = [prompt(70 + n, 900) for n in range(3)]
+    most_staged: list[int] = []
+    for limit in (None, 1):
+        engine = make_engine(model, pages=30, keep=False, staging_bytes=limit)
+        staged: list[int] = []
+
+        def watch(event: Event, engine: Engine = engine, staged: list[int] = staged) -> None:
+            staged.append(engine.load().device_bytes["staging"])
+
+        asked = [submit(engine, ask(ids, 12, mode="streamed"), watch) for ids in prompts]
+        for ids, events in zip(prompts, asked, strict=True):
+            assert events.finished.kv.mode == "streamed"
+            assert events.tokens == greedy_reference(model, ids, 12)
+        most_staged.append(max(staged))
+    together, one_by_one = most_staged
+    assert one_by_one * 2 <= together
+
+
 def test_requests_in_all_modes_decode_together(make_engine: MakeEngine) -> None:
     model = tiny_model("llama")
     engine = make_engine(model, pages=30, keep=False)

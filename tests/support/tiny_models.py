@@ -93,7 +93,7 @@ def tiny_model(family: str, **shape: Any) -> PreTrainedModel:
 
 def build(model: PreTrainedModel, codec_name: str = "raw", **options: Any) -> Engine:
     """An engine over a model in memory. options: pages, index_pages, slots, keep, chunk_tokens, max_running,
-    redis, refuse_when_full, streamed_bytes, shared_selection."""
+    redis, refuse_when_full, streamed_bytes, staging_bytes, shared_selection."""
     adapter = DecoderAdapter(model, max_tokens=4096)
     codec = make_codec(codec_name, adapter.spec, device=DEVICE, codec_dtype=torch.float32)
     raw = RawCodec(adapter.spec)
@@ -141,6 +141,7 @@ def build(model: PreTrainedModel, codec_name: str = "raw", **options: Any) -> En
             chunk_tokens=options.get("chunk_tokens", 512),
             refuse_when_full=options.get("refuse_when_full", False),
             streamed_bytes=options.get("streamed_bytes", 0),
+            staging_bytes=options.get("staging_bytes"),
             shared_selection=options.get("shared_selection", False),
         ),
         eos_token_ids=frozenset(info.eos_token_ids),
