@@ -72,6 +72,8 @@ class PromptReader:
         self._parts, self._runner, self._reader, self._writer = parts, runner, reader, writer
         self._claims, self._on_written = claims, on_written
         self._restorer = Restorer(reader, parts.pool)
+        self._computing: torch.cuda.Event | None = None
+        """When the chunk that was queued last is computed, on a device."""
 
     def advance(self, state: RequestState) -> None:
         """Take one step, if there is one to take."""
@@ -105,20 +107,28 @@ class PromptReader:
         start, stop = state.next_chunk(self._parts.limits.chunk_tokens)
         hidden, kv = self._runner.prefill(state.inputs[start:stop], start, state.cache)
         self._keep_segments(state, start, stop, kv)
-        logits = None
         if state.request.score_ids:
             self._score(state, start, hidden)
         elif not state.ranges and not state.request.prompt_only:
-            # Reading the logits also waits for the device, so the chunk's time below is its own.
-            logits = self._runner.logits(hidden[-1:]).cpu()
-        if logits is None and hidden.is_cuda:
-            torch.cuda.current_stream(hidden.device).synchronize()  # encoding goes on beside it
+            state.first_choice = state.sampler.choose(self._runner.logits(hidden[-1:]).cpu()[0])
+        took_one = self._wait(hidden, last=not state.ranges)
         seconds = time.perf_counter() - started
         state.prefill_seconds += seconds
-        if logits is None:
+        if took_one and state.first_choice is None:  # a prompt's last chunk may be a single token
             self._parts.gate.measured("computed", stop - start, seconds)
-        else:
-            state.first_choice = state.sampler.choose(logits[0])
+
+    def _wait(self, hidden: Tensor, *, last: bool) -> bool:
+        """Wait for the chunk before the one just queued, so that a device goes straight on to this one; for
+        this one if it is a prompt's last. Returns whether that took the time of one chunk."""
+        if not hidden.is_cuda:
+            return True
+        before, queued = self._computing, torch.cuda.current_stream(hidden.device).record_event()
+        self._computing = None if last else queued
+        if last:
+            queued.synchronize()
+        elif before is not None:
+            before.synchronize()
+        return (before is None) == last
 
     def _keep_segments(self, state: RequestState, start: int, stop: int, kv: LayerKV) -> None:
         """Share the prompt's segments that this chunk completed, and queue them for the tiers. What has

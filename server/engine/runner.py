@@ -157,9 +157,7 @@ class ModelRunner:
         for row in rows:
             first = spans[-1].stop if spans else 0
             spans.append(slice(first, first + len(row.token_ids)))
-        slots = torch.tensor(
-            [-1 if slot is None else slot for one in passes for slot in one.slots], device=device
-        )
+        slots = _sent([-1 if slot is None else slot for one in passes for slot in one.slots], device)
 
         def rotate(
             layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
@@ -178,11 +176,16 @@ class ModelRunner:
             ]
             return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)).transpose(0, 1)
 
-        token_ids = torch.tensor([token for row in rows for token in row.token_ids], device=device)
+        token_ids = _sent([token for row in rows for token in row.token_ids], device)
         positions = torch.cat(
             [torch.arange(row.start, row.start + len(row.token_ids), device=device) for row in rows]
         )
         return self._adapter.forward(token_ids, positions, attention, rotate)
+
+
+def _sent(numbers: list[int], device: torch.device) -> Tensor:
+    """int64 on the device, without a wait for what it computes."""
+    return torch.tensor(numbers, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 class PagedCache:
