@@ -93,7 +93,8 @@ def bench_restore(
 
 
 def bench_store(subject: Subject, codec: str, tokens: int, repeat: int, peers: Sequence[str]) -> Report:
-    """What it costs that a prompt is stored while it is read, until the last record is in RAM.
+    """What it costs that a prompt is stored while it is read: until the first token of an answer, and until
+    the last record is in RAM.
 
     Raises ValueError unless the tokens are whole segments.
     """
@@ -104,8 +105,9 @@ def bench_store(subject: Subject, codec: str, tokens: int, repeat: int, peers: S
     with engine_for(subject, Needs(codec, tokens)) as engine:
         encoding = clocked(subject.device, lambda: _encode(coder, keys, values))
         ours = [
+            Contestant("prefill beside storing", "ours", _first_token(subject, engine, tokens, store=True)),
+            Contestant("prefill", "ours", _first_token(subject, engine, tokens, store=False)),
             Contestant("prefill and store", "ours", _prefill(subject, engine, tokens, store=True)),
-            Contestant("prefill", "ours", _prefill(subject, engine, tokens, store=False)),
             Contestant("encoding alone", "ours", encoding),
         ]
         makers = {"raw-copy": lambda: raw_copy(subject, tokens, to_device=False)}
@@ -166,6 +168,18 @@ def _prefill(subject: Subject, engine: Engine, tokens: int, *, store: bool) -> R
         if store:
             engine.forget(prompt, "")
         return seconds
+
+    return run
+
+
+def _first_token(subject: Subject, engine: Engine, tokens: int, *, store: bool) -> Run:
+    def run() -> float:
+        prompt = random_prompt(subject, tokens)
+        (event,) = engine.generate([request(prompt, 1, store=store)])
+        if store:
+            wait_until_stored(engine, [prompt])
+            engine.forget(prompt, "")
+        return event.timings.ttft_seconds
 
     return run
 
