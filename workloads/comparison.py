@@ -18,6 +18,7 @@ from aquifer.compression.landmarks import KeyMeans, KeyMeansError
 from aquifer.server.engine.build import LoadedModel, load_model
 from aquifer.server.settings import Settings
 from aquifer.workloads.evaluation import EvalPlan, Item, Progress, answer_room, load_items
+from aquifer.workloads.guesses import Guesser
 from aquifer.workloads.offload import Method, decode, prefill
 from aquifer.workloads.registry import SCORERS
 from aquifer.workloads.selectors.base import ExactKeys, ExactRows
@@ -187,7 +188,15 @@ def _answers(
     device = loaded.adapter.device
     key_means = None if means is None else means.means.to(device)
     prompt, logits = prefill(loaded.adapter, item.prompt, key_means)
-    answers = decode(loaded.adapter, prompt, logits, methods, room=room, eos_token_ids=loaded.eos_token_ids)
+    answers = decode(
+        loaded.adapter,
+        prompt,
+        logits,
+        methods,
+        room=room,
+        eos_token_ids=loaded.eos_token_ids,
+        guesser=Guesser(item.prompt, item.answer_ids),
+    )
     records = []
     for method, answer in zip(methods, answers, strict=True):
         text = str(loaded.tokenizer.decode(answer.tokens, skip_special_tokens=True))

@@ -8,7 +8,8 @@ from tiny_models import greedy_reference, tiny_model
 from torch import Tensor
 
 from aquifer.kernels.landmarks import select_tokens
-from aquifer.server.models.adapter import DecoderAdapter
+from aquifer.server.models.adapter import Attend, DecoderAdapter
+from aquifer.workloads.guesses import Guesser
 from aquifer.workloads.offload import Decoded, Method, decode, prefill
 from aquifer.workloads.selectors.base import ExactKeys, Prompt, attention_share, choose
 from aquifer.workloads.selectors.coded import (
@@ -42,9 +43,13 @@ class Case:
         self.prompt, self.logits = prefill(self.adapter, prompt_ids(), means.to(self.adapter.device))
         self.expected = greedy_reference(model, prompt_ids(), ROOM)
 
-    def answers(self, *specs: str) -> list[Decoded]:
+    def answers(
+        self, *specs: str, guesser: Guesser | None = None, eos: tuple[int, ...] = EOS
+    ) -> list[Decoded]:
         methods = [Method.of(spec, parse_method(spec)) for spec in specs]
-        return decode(self.adapter, self.prompt, self.logits, methods, room=ROOM, eos_token_ids=EOS)
+        return decode(
+            self.adapter, self.prompt, self.logits, methods, room=ROOM, eos_token_ids=eos, guesser=guesser
+        )
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -100,10 +105,78 @@ def test_a_small_budget_changes_answers(llama: Case) -> None:
 
 def test_an_answer_ends_at_the_end_token_and_does_not_hold_it(llama: Case) -> None:
     (answer,) = llama.answers("full")
-    method = Method.of("full", parse_method("full"))
     end = answer.tokens[5]
-    (cut,) = decode(llama.adapter, llama.prompt, llama.logits, [method], room=ROOM, eos_token_ids=(298, end))
+    (cut,) = llama.answers("full", eos=(298, end))
     assert cut.stopped and cut.tokens == answer.tokens[: answer.tokens.index(end)]
+
+
+EVERY_KIND = [
+    "full",
+    "window:0.1",
+    "oracle:0.1",
+    "oracle:0.1:heads=shared",
+    "landmarks:0.1",
+    "landmarks:0.1:heads=shared:rows=residual",
+    "chunks:0.1",
+    "quest:0.2",
+    "shadowkv:0.1:rank=8:outliers=80",
+]
+
+
+class Passes:
+    """Counts the tokens of every pass through a model."""
+
+    def __init__(self, adapter: DecoderAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sizes: list[int] = []
+        forward = adapter.forward
+
+        def counted(ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+            self.sizes.append(len(ids))
+            return forward(ids, positions, attend)
+
+        monkeypatch.setattr(adapter, "forward", counted)
+
+
+@pytest.mark.parametrize("kind", ["right", "one wrong", "one left out", "all wrong", "nothing known"])
+def test_guesses_change_neither_tokens_nor_recall(case: Case, kind: str) -> None:
+    one_by_one = case.answers(*EVERY_KIND)
+    right = one_by_one[0].tokens
+    expected = {
+        "right": right,
+        "one wrong": [*right[:7], 5, *right[8:]],
+        "one left out": [*right[:7], *right[8:]],
+        "all wrong": [(token + 1) % 298 for token in right],
+        "nothing known": [],
+    }[kind]
+    prompt = [] if kind == "nothing known" else prompt_ids()
+    guessed = case.answers(*EVERY_KIND, guesser=Guesser(prompt, expected))
+    for spec, plain, fast in zip(EVERY_KIND, one_by_one, guessed, strict=True):
+        assert (fast.tokens, fast.stopped, fast.costs) == (plain.tokens, plain.stopped, plain.costs), spec
+        assert fast.recall == pytest.approx(plain.recall, abs=1e-3), spec
+
+
+def test_a_guessed_end_is_the_end(llama: Case) -> None:
+    (answer,) = llama.answers("full")
+    end = answer.tokens[5]
+    guesser = Guesser(prompt_ids(), answer.tokens)
+    assert llama.answers("full", guesser=guesser, eos=(end,)) == llama.answers("full", eos=(end,))
+
+
+def test_right_guesses_are_checked_many_at_a_time(llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = llama.answers("full")[0].tokens
+    for longest, sizes in ((0, [1] * (ROOM - 1)), (8, [9, 9, 5]), (99, [ROOM - 1])):
+        passes = Passes(llama.adapter, monkeypatch)
+        llama.answers("full", guesser=Guesser([], right, longest))
+        assert passes.sizes == sizes
+        monkeypatch.undo()
+
+
+def test_wrong_guesses_become_few(llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = Passes(llama.adapter, monkeypatch)
+    first = llama.answers("full")[0].tokens[0]
+    passes.sizes.clear()
+    llama.answers("full", guesser=Guesser([], [first] * 99))
+    assert passes.sizes[0] == ROOM - 1 and max(passes.sizes[1:]) <= 5
 
 
 def test_the_oracle_recalls_everything_and_others_do_not(llama: Case) -> None:

@@ -92,13 +92,19 @@ class Rows:
     """Bytes per prompt token in host memory, all layers: what fetching one chosen token moves."""
 
     def fetch(self, layer: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens: int64 [S, n], a set per KV head or one for all. Returns keys and values [H, n, D]."""
+        """tokens: int64 [R, S, n], for R steps a set per KV head or one for all.
+
+        Returns keys and values [R, H, n, D].
+        """
         heads, length, head_dim = self.keys.shape[1:]
         first = torch.arange(heads, device=tokens.device).unsqueeze(1) * length
         # One flat index copies whole rows, several times faster than indexing by head and token.
-        flat = (first + tokens).flatten()
-        keys, values = (t[layer].view(-1, head_dim).index_select(0, flat) for t in (self.keys, self.values))
-        return keys.view(heads, -1, head_dim), values.view(heads, -1, head_dim)
+        flat = first + tokens
+        keys, values = (
+            t[layer].view(-1, head_dim).index_select(0, flat.flatten()).view(*flat.shape, head_dim)
+            for t in (self.keys, self.values)
+        )
+        return keys, values
 
 
 class Ranker(Hashable, Protocol):
@@ -201,26 +207,25 @@ def attention_share(scores: Tensor) -> Tensor:
 def choose(shares: Tensor, barred: Tensor, count: int, unit: int) -> Tensor:
     """Choose the units that matter most to any query head of a set.
 
-    shares: [Hq, U] as `attention_share` returns them
+    shares: [..., Hq, U] as `attention_share` returns them
     barred: bool [S, U], units not to be chosen; S = H for a set per KV head, 1 for one set shared by all
     count: tokens per set, whole units of them
-    Returns int64 [S, count] tokens. The same rule as `aquifer.kernels.landmarks.select_tokens`, except that
-    barred tokens count in the softmax: a head that looks at sinks only should not ask for other tokens.
+    Returns int64 [..., S, count] tokens. The same rule as `aquifer.kernels.landmarks.select_tokens`, except
+    that barred tokens count in the softmax: a head that looks at sinks only should not ask for other tokens.
     """
-    sets, units = barred.shape
-    best = shares.view(sets, -1, units).amax(dim=1).masked_fill_(barred, -torch.inf)
+    best = shares.unflatten(-2, (len(barred), -1)).amax(dim=-2).masked_fill_(barred, -torch.inf)
     chosen = _largest(best, count // unit)
     if unit == 1:
         return chosen
-    return (chosen.unsqueeze(2) * unit + torch.arange(unit, device=chosen.device)).flatten(1)
+    return (chosen.unsqueeze(-1) * unit + torch.arange(unit, device=chosen.device)).flatten(-2)
 
 
 def _largest(values: Tensor, count: int) -> Tensor:
-    """int64 [S, count]: where the largest values of each row [S, U] are, in no order."""
+    """int64 [..., count]: where the largest of the values [..., U] are, in no order."""
     if values.device.type != "cpu":
-        return values.topk(count, dim=1, sorted=False).indices
+        return values.topk(count, dim=-1, sorted=False).indices
     # Selection in NumPy is vectorized; torch's top-k takes six times as long on a CPU.
-    return torch.from_numpy(np.argpartition(values.numpy(), values.shape[1] - count, axis=1)[:, -count:])
+    return torch.from_numpy(np.argpartition(values.numpy(), values.shape[-1] - count)[..., -count:])
 
 
 def bar(exact: Tensor, tokens: int, unit: int, *, shared: bool) -> Tensor:
