@@ -71,6 +71,11 @@ class Events:
     def tokens(self) -> list[int]:
         return [event.token_id for event in self.all if isinstance(event, TokenEvent)]
 
+    @property
+    def logprobs(self) -> list[float]:
+        """Of the tokens."""
+        return [event.logprob for event in self.all if isinstance(event, TokenEvent)]
+
 
 def submit(
     engine: Engine, request: GenerateRequest, on_event: Callable[[Event], None] = lambda event: None

@@ -2,9 +2,9 @@
 
 An interleaving is a machine too small for its work and a few actions: questions that are asked while others
 are being answered, documents read ahead, pages and records that vanish, documents forgotten, requests
-cancelled. Whatever the order, every answer must be that of plain `generate`, and at the end everything
-must have been given back. The number of an interleaving settles its machine and its actions; threads
-settle the rest.
+cancelled. Whatever the order, every answer must be that of plain `generate`, as likely as there, and at the
+end everything must have been given back. The number of an interleaving settles its machine and its actions;
+threads settle the rest.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MODES: tuple[KVMode, ...] = ("auto", "resident", "streamed", "verified", "selec
 _SECONDS = 30.0
 """Without an end after so long, a request hangs."""
 
-_SHRINK_SECONDS = 10.0
+_SHRINK_SECONDS = 60.0
 
 _ONE_ENGINE = 5
 """Interleavings in a row on one machine, and as far as nothing restarts it, one engine."""
@@ -125,9 +125,8 @@ class Ask:
         else:
             expected = reference(machine.family, self.number)
         tokens = events.tokens
-        assert tokens == expected[: len(tokens)], (
-            f"{self} in mode {end.kv.mode} with {end.cached} answered {tokens}, not {expected}"
-        )
+        wrong = expected.difference(tokens, events.logprobs)
+        assert wrong is None, f"{self} in mode {end.kv.mode} with {end.cached} answered {wrong}"
         if end.reason == "length":
             assert len(tokens) == self.new_tokens
         run.counts["answers" if tokens else "documents read ahead"] += 1

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
 
-from asking import answer, ask, prompt
+import torch
+from asking import ask, prompt, submit
 from devices import DEVICE
 from tiny_models import build, greedy_reference, tiny_model
 from transformers import PreTrainedModel
@@ -115,17 +116,44 @@ def _model(family: str) -> PreTrainedModel:
     return tiny_model(family, num_hidden_layers=2, head_dim=64 if DEVICE.type == "cuda" else 16)
 
 
-@functools.cache
-def reference(family: str, number: int) -> list[int]:
-    return greedy_reference(_model(family), PROMPTS[number], LONGEST_ANSWER)
+@dataclass(frozen=True)
+class Expected:
+    """The right answer, and the log probability of each of its tokens: a fault in the KV may leave the most
+    likely tokens what they are, but not how likely they are."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    near: float
+    """How far log probabilities may be apart. Sums in another order put them 2e-6 apart on a CPU."""
+
+    def difference(self, tokens: list[int], logprobs: list[float]) -> str | None:
+        """What is wrong with the beginning of an answer, if anything is."""
+        if tokens != self.tokens[: len(tokens)]:
+            return f"{tokens}, not {self.tokens}"
+        pairs = zip(logprobs, self.logprobs, strict=False)
+        apart = max((abs(found - right) for found, right in pairs), default=0.0)
+        return None if apart < self.near else f"with log probabilities that are {apart} apart"
 
 
 @functools.cache
-def selective_reference(family: str, number: int, shared: bool) -> list[int]:
+def reference(family: str, number: int) -> Expected:
+    model, ids = _model(family), PROMPTS[number]
+    tokens = greedy_reference(model, ids, LONGEST_ANSWER)
+    with torch.inference_mode():
+        logits = model(torch.tensor([[*ids, *tokens]], device=DEVICE)).logits[0, len(ids) - 1 : -1]
+    logprobs = logits.log_softmax(-1).gather(1, torch.tensor(tokens, device=DEVICE)[:, None])
+    return Expected(tokens, logprobs[:, 0].tolist(), near=1e-3)
+
+
+@functools.cache
+def selective_reference(family: str, number: int, shared: bool) -> Expected:
     """What an engine answers that does nothing else and never did: rows are rounded to 4 bits, so plain
     `generate` is not the measure even where every token is selected."""
     with _quiet_engine(family, shared) as engine:
-        return answer(engine, ask(PROMPTS[number], LONGEST_ANSWER, mode="selective", budget=1.0))[0]
+        events = submit(engine, ask(PROMPTS[number], LONGEST_ANSWER, mode="selective", budget=1.0))
+        assert events.finished.kv.mode == "selective"
+        # A value in the middle between two codes may be rounded to either.
+        return Expected(events.tokens, events.logprobs, near=1e-2)
 
 
 @contextmanager
