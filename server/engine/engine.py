@@ -163,8 +163,16 @@ class Engine:
 
     def _run(self) -> None:
         device = self._parts.adapter.device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # of this thread: kernels start there
+        if device.type != "cuda":
+            self._serve()
+            return
+        torch.cuda.set_device(device)  # of this thread: kernels start there
+        torch.cuda.synchronize(device)  # what was built so far was built on another stream
+        # Ahead of the writer's, which gets what is left of the device between kernels.
+        with torch.cuda.stream(torch.cuda.Stream(device, priority=-1)):
+            self._serve()
+
+    def _serve(self) -> None:
         while not self._closing:
             try:
                 self._obey(wait=self._loop.idle)
