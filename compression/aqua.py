@@ -78,7 +78,9 @@ class AquaCodec:
         return -(-sum(self.part_bytes(layer, num_tokens)) // LAYER_ALIGNMENT) * LAYER_ALIGNMENT
 
     def segment_bytes(self, num_tokens: int) -> int:
-        return sum(self.layer_bytes(layer, num_tokens) for layer in range(self.spec.num_layers))
+        # All layers but the first are alike, and this is asked for every record that is read.
+        last = self.spec.num_layers - 1
+        return self.layer_bytes(0, num_tokens) + last * self.layer_bytes(last, num_tokens)
 
     def encode_unchecked(self, keys: Tensor, values: Tensor, counts: Sequence[int]) -> Encoded:
         return Encoded(self.encode(keys, values, counts))
