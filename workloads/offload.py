@@ -259,7 +259,9 @@ def _attend_own(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     rows, heads, _ = q.shape
     # To `attend`, the heads of R rows are R times as many heads.
     out, lse = attend(q.reshape(rows * heads, 1, -1), k.flatten(0, 1), v.flatten(0, 1))
-    return out.view(rows, heads, -1).transpose(0, 1), lse.view(rows, heads).T.contiguous()
+    # A copy, since of a single row `contiguous` would keep strides that the merging kernel refuses.
+    lse = lse.reshape(rows, heads).T.clone(memory_format=torch.contiguous_format)
+    return out.reshape(rows, heads, -1).transpose(0, 1), lse
 
 
 class _Pass:
