@@ -317,7 +317,7 @@ def _engine(settings: Settings, metrics: Any) -> Iterator[Engine]:
 
     try:
         with stderr.status(f"loading {settings.model}"):
-            engine = build_engine(settings, metrics)
+            engine = build_engine(settings, metrics, warm=True)
     except (ValueError, OSError) as error:
         fail(str(error))
     try:

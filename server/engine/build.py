@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
@@ -25,11 +24,13 @@ from aquifer.compression.spec import SEGMENT_TOKENS
 from aquifer.compression.wire import verify
 from aquifer.server.engine.engine import Engine
 from aquifer.server.engine.gate import LoadGate
+from aquifer.server.engine.host_memory import lock_for
 from aquifer.server.engine.index import IndexPool, index_pages
 from aquifer.server.engine.pages import PagePool
 from aquifer.server.engine.parts import EngineLimits, EngineParts
 from aquifer.server.engine.records import slot_bytes
 from aquifer.server.engine.types import EngineInfo
+from aquifer.server.engine.warmup import warm_up
 from aquifer.server.metrics import Metrics
 from aquifer.server.models.adapter import DecoderAdapter, checkpoint_fingerprint
 from aquifer.server.settings import GIB, Settings
@@ -52,9 +53,10 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]
 
 
-def build_engine(settings: Settings, metrics: Metrics) -> Engine:
+def build_engine(settings: Settings, metrics: Metrics, *, warm: bool = False) -> Engine:
     """Load everything and start the engine's thread. Slow: reads the weights.
 
+    warm: on CUDA, do beforehand what the first requests would wait for.
     Raises ValueError (UnsupportedModelError included) or OSError with the reason and the way out.
     """
     loaded = load_model(settings)
@@ -91,8 +93,7 @@ def build_engine(settings: Settings, metrics: Metrics) -> Engine:
         vocab_size=adapter.vocab_size,
         eos_token_ids=loaded.eos_token_ids,
     )
-    host_memory = [torch.frombuffer(arena.buffer, dtype=torch.uint8), index.rows]
-    unpins = [_pin(memory) for memory in host_memory if memory.numel() and adapter.device.type == "cuda"]
+    unlock = lock_for(adapter.device, [torch.frombuffer(arena.buffer, dtype=torch.uint8), index.rows])
     parts = EngineParts(
         adapter=adapter,
         codec=codec,
@@ -118,13 +119,9 @@ def build_engine(settings: Settings, metrics: Metrics) -> Engine:
     def decode_text(ids: Sequence[int]) -> str:
         return str(loaded.tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def on_close() -> None:
-        if unpins:
-            torch.cuda.synchronize(adapter.device)  # nothing may be reading it any more
-        for unpin in unpins:
-            unpin()
-
-    return Engine(parts, info, decode_text, on_close)
+    if warm and adapter.device.type == "cuda":
+        warm_up(parts, info)
+    return Engine(parts, info, decode_text, unlock)
 
 
 def load_model(settings: Settings) -> LoadedModel:
@@ -230,20 +227,3 @@ def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
         found = getattr(source, "eos_token_id", None)
         ids.update([found] if isinstance(found, int) else found or ())
     return tuple(sorted(ids))
-
-
-def _pin(memory: Tensor) -> Callable[[], None]:
-    """Page-lock host memory, so that the device copies from it at full speed and asynchronously.
-
-    Returns what undoes it. That must be called before the memory is given back: the driver would go on
-    reading the old pages for whatever lies at these addresses next. Registered rather than allocated by
-    torch, whose allocator would round gigabytes up to the next power of two.
-    """
-    runtime = torch.cuda.cudart()
-    status = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
-    if status != 0:
-        raise OSError(
-            f"{memory.nbytes:,} bytes of host memory could not be page-locked (CUDA error {status}); lower "
-            "AQUIFER_RAM_BYTES or AQUIFER_SELECTIVE_RAM_BYTES, or raise the locked memory (ulimit -l)"
-        )
-    return lambda: runtime.cudaHostUnregister(memory.data_ptr())

@@ -27,9 +27,9 @@ from aquifer.compression.codec import make_codec
 from aquifer.compression.landmarks import TokenCodec
 from aquifer.compression.raw import RawCodec
 from aquifer.compression.wire import verify
-from aquifer.server.engine.build import _pin
 from aquifer.server.engine.engine import Engine
 from aquifer.server.engine.gate import LoadGate
+from aquifer.server.engine.host_memory import lock_for
 from aquifer.server.engine.index import IndexPool
 from aquifer.server.engine.pages import PagePool
 from aquifer.server.engine.parts import EngineLimits, EngineParts
@@ -119,13 +119,7 @@ def build(model: PreTrainedModel, codec_name: str = "raw", **options: Any) -> En
         eos_token_ids=(299,),
     )
     # As in the service: what copies from host memory on a device relies on it.
-    host_memory = [torch.frombuffer(arena.buffer, dtype=torch.uint8), index.rows]
-    unpins = [_pin(memory) for memory in host_memory if memory.numel() and DEVICE.type == "cuda"]
-
-    def on_close() -> None:
-        for unpin in unpins:
-            unpin()
-
+    unlock = lock_for(DEVICE, [torch.frombuffer(arena.buffer, dtype=torch.uint8), index.rows])
     parts = EngineParts(
         adapter=adapter,
         codec=codec,
@@ -146,7 +140,7 @@ def build(model: PreTrainedModel, codec_name: str = "raw", **options: Any) -> En
         ),
         eos_token_ids=frozenset(info.eos_token_ids),
     )
-    return Engine(parts, info, lambda ids: "".join(chr(0x4E00 + i) for i in ids), on_close)
+    return Engine(parts, info, lambda ids: "".join(chr(0x4E00 + i) for i in ids), unlock)
 
 
 def greedy_reference(model: PreTrainedModel, prompt: Sequence[int], new_tokens: int) -> list[int]:

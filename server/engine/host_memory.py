@@ -1,0 +1,40 @@
+"""Host memory that a device copies from, and reads in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def page_lock(memory: Tensor) -> Callable[[], None]:
+    """Page-lock host memory, so that the device copies from it at full speed and asynchronously.
+
+    Returns what undoes it. That must be called before the memory is given back: the driver would go on
+    reading the old pages for whatever lies at these addresses next. Registered rather than allocated by
+    torch, whose allocator would round gigabytes up to the next power of two. Raises OSError if the system
+    refuses.
+    """
+    runtime = torch.cuda.cudart()
+    status = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    if status != 0:
+        raise OSError(
+            f"{memory.nbytes:,} bytes of host memory could not be page-locked (CUDA error {status}); lower "
+            "AQUIFER_RAM_BYTES or AQUIFER_SELECTIVE_RAM_BYTES, or raise the locked memory (ulimit -l)"
+        )
+    return lambda: runtime.cudaHostUnregister(memory.data_ptr())
+
+
+def lock_for(device: torch.device, memories: Sequence[Tensor]) -> Callable[[], None]:
+    """Page-lock what a CUDA device will read; nothing for a CPU. Returns what undoes it, when the device
+    reads nothing any more."""
+    unlocks = [page_lock(memory) for memory in memories if memory.numel() and device.type == "cuda"]
+
+    def undo() -> None:
+        if unlocks:
+            torch.cuda.synchronize(device)  # nothing may be reading it any more
+        for unlock in unlocks:
+            unlock()
+
+    return undo
