@@ -191,19 +191,24 @@ def _plant_all(engine: Engine, subject: Subject, needs: Needs) -> list[Prompt]:
 
 
 class _Allocated:
-    """Device memory that answers of one engine take beside pages and landmarks, by CUDA's own count."""
+    """Device memory that answers of one engine take beside pages and landmarks, by CUDA's own count, from
+    when all of them are being decoded. Reading their prompts may take more."""
 
     def __init__(self) -> None:
         self.peak_bytes = 0
         """Of the last run, with what stayed of those before (recorded steps); 0 without CUDA."""
         self._stayed_bytes = 0
 
+    def decoding(self) -> None:
+        """Reading is over."""
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
+
     @contextmanager
     def watched(self) -> Iterator[None]:
         if not torch.cuda.is_initialized():
             yield
             return
-        torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         yield
         self.peak_bytes = self._stayed_bytes + torch.cuda.max_memory_allocated() - before
@@ -270,10 +275,20 @@ class _Answers:
         """When each token of each answer came."""
         queues: list[SimpleQueue[tuple[float, Event]]] = [SimpleQueue() for _ in self._prompts]
         question = tuple(range(FIRST_ID, FIRST_ID + QUESTION_TOKENS))
-        for prompt, queue in zip(self._prompts, queues, strict=True):
+        begun: set[int] = set()
+
+        def stamp(number: int, queue: SimpleQueue[tuple[float, Event]], event: Event) -> None:
+            """On the engine's thread."""
+            queue.put((perf_counter(), event))
+            if isinstance(event, TokenEvent) and number not in begun:
+                begun.add(number)
+                if len(begun) == len(queues):
+                    self._stage.allocated.decoding()
+
+        for number, (prompt, queue) in enumerate(zip(self._prompts, queues, strict=True)):
             steps, budget = self._stage.steps, self._stage.budget
             asked = request(prompt + question, steps + 2, mode=self._mode, budget=budget, store=False)
-            self._engine.submit(asked, partial(_stamp, queue))
+            self._engine.submit(asked, partial(stamp, number, queue))
         return [self._times_of(queue) for queue in queues]
 
     def _times_of(self, queue: SimpleQueue[tuple[float, Event]]) -> list[float]:
@@ -310,7 +325,3 @@ def _settled(times: Sequence[float]) -> float:
     while at + 1 < len(times) and times[at + 1] - times[at] < _TOGETHER_SECONDS:
         at += 1
     return times[at]
-
-
-def _stamp(queue: SimpleQueue[tuple[float, Event]], event: Event) -> None:
-    queue.put((perf_counter(), event))
