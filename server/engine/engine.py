@@ -154,7 +154,9 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Stop. Requests still running get a FailedEvent of kind `shutting_down`."""
+        """Stop; a second call does nothing. Requests still running get a FailedEvent: `shutting_down`."""
+        if self._closing:
+            return
         self._inbox.put(self._shut_down)
         self._thread.join()
         self._obey(wait=False)  # what was asked for in the meantime gets its answer too

@@ -226,6 +226,15 @@ def test_closing_answers_every_request(make_engine: MakeEngine) -> None:
     assert [event.kind for event in failed] == ["shutting_down"] * 3
 
 
+def test_closing_twice_gives_host_memory_back_once(make_engine: MakeEngine) -> None:
+    engine = make_engine(tiny_model("llama"))
+    give_back, given = engine._on_close, []
+    engine._on_close = lambda: given.append(give_back())
+    engine.close()
+    engine.close()
+    assert given == [None]
+
+
 @pytest.mark.parametrize("codec", ["higgs:4", "higgs:2"])
 def test_lossy_codec_restores_the_same_bytes_to_the_same_text(codec: str, make_engine: MakeEngine) -> None:
     engine = make_engine(tiny_model("llama"), codec, keep=False)
