@@ -162,4 +162,7 @@ def load_settings(**flags: Any) -> Settings:
     unknown = sorted(name for name in os.environ if name.startswith("AQUIFER_") and name not in known)
     if unknown:
         raise ValueError(f"unknown setting {', '.join(unknown)}; `aquifer config` lists the known ones")
+    file = os.environ.get("AQUIFER_CONFIG")
+    if file and not Path(file).is_file():  # pydantic-settings would go on without it
+        raise ValueError(f"AQUIFER_CONFIG names {file}, which is no file")
     return Settings(**{name: value for name, value in flags.items() if value is not None})

@@ -37,6 +37,12 @@ def test_a_typo_in_the_file_stops_the_start(tmp_path: Path, monkeypatch: pytest.
         load_settings()
 
 
+def test_a_file_that_is_not_there_stops_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AQUIFER_CONFIG", str(tmp_path / "aquifer.yaml"))
+    with pytest.raises(ValueError, match=r"aquifer\.yaml, which is no file"):
+        load_settings()
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
