@@ -50,7 +50,7 @@ def test_ask_says_what_is_wrong_and_ends_with_2(file: Path, free_port: object, t
     for arguments, says in (
         ((str(file), QUESTION, nobody), "127.0.0.1"),
         ((str(latin), QUESTION, nobody), "not UTF-8"),
-        ((str(tmp_path / "absent.txt"), QUESTION, nobody), "absent.txt"),
+        (("absent.txt", QUESTION, nobody), "absent.txt"),
     ):
         result = aquifer("ask", *arguments)
         assert (result.returncode, result.stdout) == (2, "")

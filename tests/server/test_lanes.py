@@ -44,7 +44,7 @@ def test_a_request_answers_alike_alone_and_beside_others(make_engine: MakeEngine
 def test_verified_answers_equal_those_of_generate(make_engine: MakeEngine) -> None:
     model = tiny_model("llama", head_dim=64)
     engine = make_engine(model, pages=30, keep=False)
-    ids = prompt(3, 1300)
-    tokens, last = answer(engine, ask(ids, 20, mode="verified"))
+    ids = prompt(6, 1300)
+    tokens, last = answer(engine, ask(ids, 20, mode="verified", budget=0.3))
     assert tokens == greedy_reference(model, ids, 20)
     assert last.drafts is not None and last.drafts.accepted > 0

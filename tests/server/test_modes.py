@@ -10,8 +10,8 @@ from asking import answer, ask, prompt, submit, text_of
 from tiny_models import FAMILIES, greedy_reference, tiny_model
 
 from aquifer.cachestore.keys import chain_keys, make_namespace
+from aquifer.server.engine.decoding import Verified
 from aquifer.server.engine.engine import Engine, EngineError
-from aquifer.server.engine.sampling import Sampler
 from aquifer.server.engine.types import (
     Event,
     FailedEvent,
@@ -298,7 +298,7 @@ def test_a_request_that_fails_while_decoding_takes_no_other_with_it(
     def broken(*arguments: object) -> None:
         raise ArithmeticError("no such distribution")
 
-    monkeypatch.setattr(Sampler, "accept", broken)
+    monkeypatch.setattr(Verified, "take", broken)
     failing = submit(engine, ask(prompt(21, 600), 40, mode="verified"))
     other = submit(engine, ask(prompt(22, 600), 40, mode="resident"))
     assert isinstance(failing.wait(), FailedEvent)

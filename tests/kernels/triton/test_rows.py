@@ -165,6 +165,7 @@ def test_fetched_rows_equal_their_twin(
     launched: list[str],
 ) -> None:
     layer, sets = Layer(heads, head_dim, dtype, device), 1 if shared else heads
+    launched.clear()  # what encodes on a device
     lane, other = a_lane(sets, count, device), a_lane(sets, 9, device, pages=2)
     wanted(lane, range(150), 1)
     wanted(other, range(150, 300), 2)
@@ -183,6 +184,7 @@ def test_few_programs_fetch_all_rows(
     sizes: dict[str, int], device: torch.device, launched: list[str]
 ) -> None:
     layer, lane = Layer(2, 64, torch.float32, device), a_lane(1, 100, device)
+    launched.clear()
     wanted(lane, range(200, 300), 3)
     num_missing = torch.tensor([[100]], dtype=torch.int32, device=device)
     layer.fetch(torch.tensor([lane.row(1, 1)], device=device), num_missing, **sizes)
