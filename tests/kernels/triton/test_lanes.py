@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import cast
 
@@ -18,6 +19,8 @@ from aquifer.compression.landmarks import TokenCodec
 from aquifer.compression.spec import SINK_TOKENS
 from aquifer.kernels.backend import PLAIN, backend_for
 from aquifer.kernels.triton import attention, landmarks, select
+from aquifer.kernels.triton.rows import fetch_rows
+from aquifer.server.engine import lanes
 from aquifer.server.engine.graphs import GraphedStep
 from aquifer.server.engine.index import IndexPool
 from aquifer.server.engine.lanes import LaneCache, SelectiveLanes
@@ -114,6 +117,7 @@ def setting(request: pytest.FixtureRequest, device: torch.device, monkeypatch: p
     if device.type == "cpu":  # the interpreter takes them one by one
         for module in (attention, landmarks, select):
             monkeypatch.setattr(module, "PROGRAMS", 4)
+        monkeypatch.setattr(lanes, "fetch_rows", partial(fetch_rows, programs=8))
     return Setting(device, shared=request.param)
 
 
