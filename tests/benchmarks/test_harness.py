@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -70,11 +71,11 @@ def test_spread_is_relative_to_the_median() -> None:
 def test_making_fresh_data_is_not_timed() -> None:
     made: list[int] = []
 
-    def prepare() -> object:
+    def prepare() -> Callable[[], None]:
         made.append(sum(range(3_000_000)))
         return lambda: None
 
-    seconds = clocked_fresh(torch.device("cpu"), prepare)()  # type: ignore[arg-type]
+    seconds = clocked_fresh(torch.device("cpu"), prepare)()
     assert made and seconds < 0.01
 
 

@@ -3,6 +3,7 @@
 import itertools
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from aquifer.server.engine.types import SamplingParams
 from aquifer.server.metrics import Metrics
 
 VOCABULARY = 4
+RUNS = 1500
 
 
 class Place:
@@ -59,16 +61,21 @@ def generate(
 
 
 @pytest.mark.parametrize(
-    "options", [{"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9}, {"temperature": 1.3, "top_k": 3}]
+    "sampling",
+    [
+        SamplingParams(temperature=1.0),
+        SamplingParams(temperature=0.7, top_p=0.9),
+        SamplingParams(temperature=1.3, top_k=3),
+    ],
+    ids=["all", "top_p", "top_k"],
 )
-def test_sampled_tokens_have_the_distribution_of_the_exact_model(options: dict[str, float]) -> None:
+def test_sampled_tokens_have_the_distribution_of_the_exact_model(sampling: SamplingParams) -> None:
     exact, drafting = models(1.0)
-    runs = 3000
     seen = Counter(
-        tuple(generate(exact, drafting, SamplingParams(seed=seed, **options), 3))  # type: ignore[arg-type]
-        for seed in range(7_000, 7_000 + runs)
+        tuple(generate(exact, drafting, replace(sampling, seed=seed), 3))
+        for seed in range(7_000, 7_000 + RUNS)
     )
-    probabilities = Sampler(SamplingParams(**options), ())  # type: ignore[arg-type]
+    probabilities = Sampler(sampling, ())
     step = torch.stack([probabilities.distribution(row) for row in exact]).double()
     observed, expected = [], []
     for path in itertools.product(range(VOCABULARY), repeat=3):
@@ -77,17 +84,16 @@ def test_sampled_tokens_have_the_distribution_of_the_exact_model(options: dict[s
             assert path not in seen
             continue
         observed.append(seen[path])
-        expected.append(share * runs)
+        expected.append(share * RUNS)
     assert chi_square(observed, expected) > 0.001
 
 
 def test_a_wrong_rule_would_be_noticed() -> None:
     """The test above has the power to tell the drafting model from the exact one."""
     exact, drafting = models(1.0)
-    runs = 3000
-    params = [SamplingParams(temperature=1.0, seed=seed) for seed in range(runs)]
+    params = [SamplingParams(temperature=1.0, seed=seed) for seed in range(RUNS)]
     seen = Counter(generate(drafting, drafting, p, 1)[0] for p in params)
-    expected = torch.softmax(exact[0].double(), -1) * runs
+    expected = torch.softmax(exact[0].double(), -1) * RUNS
     assert chi_square([seen[token] for token in range(VOCABULARY)], expected.tolist()) < 1e-6
 
 

@@ -218,14 +218,15 @@ def test_a_selective_answer_frees_the_document_while_it_runs(make_engine: MakeEn
 
 def test_prompts_that_fit_nowhere_are_refused_with_the_numbers(make_engine: MakeEngine) -> None:
     engine = make_engine(tiny_model("llama"), pages=4, slots=5, index_pages=3)
-    for mode, setting in (
-        ("resident", r"AQUIFER_GPU_KV_BYTES"),
-        ("streamed", r"needs 12 records in RAM, the arena holds \d.*AQUIFER_RAM_BYTES"),
-        ("selective", r"AQUIFER_SELECTIVE_RAM_BYTES"),
-        ("auto", r"3,000 tokens does not fit.*resident:.*verified:.*streamed:"),
-    ):
+    refusals: dict[KVMode, str] = {
+        "resident": r"AQUIFER_GPU_KV_BYTES",
+        "streamed": r"needs 12 records in RAM, the arena holds \d.*AQUIFER_RAM_BYTES",
+        "selective": r"AQUIFER_SELECTIVE_RAM_BYTES",
+        "auto": r"3,000 tokens does not fit.*resident:.*verified:.*streamed:",
+    }
+    for mode, setting in refusals.items():
         with pytest.raises(EngineError, match=setting):
-            engine.generate([ask(prompt(1, 3000), 12, mode=mode)])  # type: ignore[arg-type]
+            engine.generate([ask(prompt(1, 3000), 12, mode=mode)])
 
 
 def test_without_room_a_request_waits_or_is_refused(make_engine: MakeEngine) -> None:

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,14 @@ import aquifer.server.models
 from aquifer.workloads.needles import make_needles
 from aquifer.workloads.reference.tokenizer import BOS_ID, EOS_ID, PAD_ID, PieceEncoder, load_tokenizer
 from aquifer.workloads.tables import make_table
+from aquifer.workloads.tasks import CountTokens, Sample
 from aquifer.workloads.text2json import make_text2json
 
 FOLDER = Path(aquifer.server.models.__file__).parent / "reference"
 TOKENIZER = AutoTokenizer.from_pretrained(FOLDER)
 ENCODER = PieceEncoder(load_tokenizer(FOLDER))
+
+Make = Callable[[int, int, CountTokens], Sample]
 
 
 @settings(deadline=None, max_examples=200)
@@ -29,7 +33,7 @@ def test_composed_ids_are_the_tokenizers_ids(text: str) -> None:
 
 
 @pytest.mark.parametrize("make", [make_text2json, make_needles, make_table])
-def test_composed_ids_are_the_tokenizers_ids_on_documents(make) -> None:  # type: ignore[no-untyped-def]
+def test_composed_ids_are_the_tokenizers_ids_on_documents(make: Make) -> None:
     sample = make(1, 2000, ENCODER.count)
     assert ENCODER.encode(sample.document) == TOKENIZER.encode(sample.document)
 
@@ -52,7 +56,7 @@ def test_a_value_has_the_same_tokens_in_prose_and_in_json() -> None:
 
 @pytest.mark.parametrize("make", [make_text2json, make_needles, make_table])
 @pytest.mark.parametrize("target", [1024, 8192])
-def test_prompts_have_the_length_asked_for_and_answers_stay_short(make, target: int) -> None:  # type: ignore[no-untyped-def]
+def test_prompts_have_the_length_asked_for_and_answers_stay_short(make: Make, target: int) -> None:
     for seed in range(8):
         sample = make(seed, target, ENCODER.count)
         longest = max(ENCODER.count(question.inputs) for question in sample.questions)
