@@ -97,8 +97,9 @@ class ChainDecoder(Protocol):
 
     Layers are decoded in order, each in steps that may run on different queues of the device:
 
-        advance   moves the state on, keys first; values only after `emit` of the layer before
+        advance   moves the state on, keys first; values only after `emit` or `attend` of the layer before
         emit      writes keys and values to where attention reads them; after `advance`
+        attend    takes its place for a single new token: nothing is written
     """
 
     @property
@@ -114,6 +115,10 @@ class ChainDecoder(Protocol):
         self, layer: int, rope: tuple[Tensor, Tensor], slots: Tensor, keys: Tensor, values: Tensor
     ) -> None:
         """rope: cos and sin [T, D]; slots: int64 [T]; keys (after RoPE), values: [H, slots, D]."""
+        ...
+
+    def attend(self, layer: int, rope: tuple[Tensor, Tensor], q: Tensor) -> tuple[Tensor, Tensor]:
+        """rope: cos and sin [T, D]; q: [Hq, D] after RoPE. Returns (out [Hq, D], lse float32 [Hq])."""
         ...
 
 

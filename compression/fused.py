@@ -22,6 +22,7 @@ from aquifer.kernels.hadamard import hadamard_group
 from aquifer.kernels.triton.chain import COLUMNS, decode_rows, predict, predict_and_add
 from aquifer.kernels.triton.emit import emit
 from aquifer.kernels.triton.encode import encode_rows
+from aquifer.kernels.triton.state_attention import attend_state
 
 _GROUPS = (16, 4096)
 _LARGEST_BUFFER = 2**31
@@ -212,6 +213,10 @@ class FusedDecoder:
     ) -> None:
         rotation = self._codec.rotation
         emit(self._state.both(layer), rotation.signs, rotation.group, rope, slots, keys, values)
+
+    def attend(self, layer: int, rope: tuple[Tensor, Tensor], q: Tensor) -> tuple[Tensor, Tensor]:
+        rotation = self._codec.rotation
+        return attend_state(q, self._state.both(layer), rotation.signs, rotation.group, rope)
 
     def decode_layer(self, slices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         layer, spec, dtype = self._layer, self._codec.spec, self._codec.codec_dtype

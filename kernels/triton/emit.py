@@ -16,6 +16,55 @@ from aquifer.kernels.triton.hadamard import LEAST, factors, turn_group
 
 
 @triton.jit
+def upright_heads(
+    state: tl.tensor,
+    token: tl.tensor,
+    exists: tl.tensor,
+    row_stride: tl.tensor,
+    signs: tl.tensor,
+    first_channel: tl.tensor,
+    GROUP: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SCALE: tl.constexpr,
+    EXACT: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Some tokens' heads of one Hadamard group, out of the rotated domain and times SCALE * sqrt(GROUP).
+
+    state: pointer to channel 0 of token 0. Returns the lower and the upper half of each head's channels,
+    float32 [T, GROUP / HEAD_DIM, HEAD_DIM / 2] both.
+    """
+    rows: tl.constexpr = token.shape[0]
+    channel = first_channel + tl.arange(0, GROUP)
+    place = token.to(tl.int64)[:, None] * row_stride + channel[None, :]
+    x = tl.load(state + place, mask=exists[:, None], other=0.0).to(tl.float32)
+    x = turn_group(x, LEFT, RIGHT, EXACT) * (tl.load(signs + channel) * SCALE)[None, :]
+    halves = tl.permute(tl.reshape(x, [rows, GROUP // HEAD_DIM, 2, HEAD_DIM // 2]), [0, 1, 3, 2])
+    return tl.split(halves)
+
+
+@triton.jit
+def with_rope(
+    low: tl.tensor,
+    high: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    token: tl.tensor,
+    exists: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """The same heads after RoPE, half-split: channel i of a head turns with channel i + D/2."""
+    half: tl.constexpr = HEAD_DIM // 2
+    angle, mask = token[:, None] * HEAD_DIM + tl.arange(0, half)[None, :], exists[:, None]
+    cos_low = tl.load(cos + angle, mask=mask, other=0.0).to(tl.float32)[:, None, :]
+    cos_high = tl.load(cos + angle + half, mask=mask, other=0.0).to(tl.float32)[:, None, :]
+    sin_low = tl.load(sin + angle, mask=mask, other=0.0).to(tl.float32)[:, None, :]
+    sin_high = tl.load(sin + angle + half, mask=mask, other=0.0).to(tl.float32)[:, None, :]
+    return low * cos_low - high * sin_low, high * cos_high + low * sin_high
+
+
+@triton.jit
 def _emit(
     state: tl.tensor,
     signs: tl.tensor,
@@ -41,26 +90,16 @@ def _emit(
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = token < count
     first_channel = tl.program_id(1) * GROUP
-    channel = first_channel + tl.arange(0, GROUP)
-    row = state + is_values * CHANNELS + token.to(tl.int64)[:, None] * row_stride
-    x = tl.load(row + channel[None, :], mask=exists[:, None], other=0.0).to(tl.float32)
+    state += is_values * CHANNELS
+    low, high = upright_heads(
+        state, token, exists, row_stride, signs, first_channel, GROUP, LEFT, RIGHT, HEAD_DIM, NORM, EXACT
+    )
+    if is_values == 0:
+        low, high = with_rope(low, high, cos, sin, token, exists, HEAD_DIM)
 
-    x = turn_group(x, LEFT, RIGHT, EXACT) * (tl.load(signs + channel) * NORM)[None, :]
-
-    # Half-split layout: channel i of a head turns with channel i + D/2.
     half: tl.constexpr = HEAD_DIM // 2
     heads: tl.constexpr = GROUP // HEAD_DIM
-    low, high = tl.split(tl.permute(tl.reshape(x, [BLOCK, heads, 2, half]), [0, 1, 3, 2]))
     within = tl.arange(0, half)
-    if is_values == 0:
-        angle = token[:, None] * HEAD_DIM + within[None, :]
-        mask = exists[:, None]
-        cos_low = tl.load(cos + angle, mask=mask, other=0.0).to(tl.float32)[:, None, :]
-        cos_high = tl.load(cos + angle + half, mask=mask, other=0.0).to(tl.float32)[:, None, :]
-        sin_low = tl.load(sin + angle, mask=mask, other=0.0).to(tl.float32)[:, None, :]
-        sin_high = tl.load(sin + angle + half, mask=mask, other=0.0).to(tl.float32)[:, None, :]
-        low, high = low * cos_low - high * sin_low, high * cos_high + low * sin_high
-
     slot = tl.load(slots + token, mask=exists, other=-1).to(tl.int64)
     head = first_channel // HEAD_DIM + tl.arange(0, heads)
     place = slot[:, None] * HEAD_DIM + head.to(tl.int64)[None, :] * head_stride

@@ -5,8 +5,10 @@ slice costs more in launches than in bytes, and collecting them on a CPU costs a
 one thread makes slower than PCIe is. So a kernel reads the slices where they lie: host memory registered with
 CUDA has one address for both sides.
 
-Bytes moved: each byte once over PCIe and once into device memory. Few programs are enough to fill the bus,
-and leave the rest of the device to the arithmetic that runs beside them.
+Bytes moved: each byte once over PCIe and once into device memory. Few programs with much to read at a time
+are enough to fill the bus, and leave the rest of the device to the arithmetic that runs beside them. On an
+H200 eight of 64 KB take 1.4 ms for 67 MB and add 1 % to 2.0 ms of GEMMs, 16 of 16 KB take twice as long
+beside them, and 32 of 16 KB slow them down by 30 % if they get a multiprocessor each.
 """
 
 import torch
@@ -52,8 +54,8 @@ def gather_slices(
     largest: int,
     target: Tensor,
     *,
-    programs: int = 32,
-    block_bytes: int = 16384,
+    programs: int = 8,
+    block_bytes: int = 65536,
 ) -> None:
     """Copy slices of host memory, each to its place in `target`.
 
@@ -71,7 +73,7 @@ def gather_slices(
     expect_power_of_two("block_bytes", block_bytes, 512, 65536)
     chunks = triton.cdiv(largest, block_bytes)
     _gather[(min(programs, count * chunks),)](
-        addresses, places, sizes, target, count * chunks, chunks, WORDS=block_bytes // 4, num_warps=8
+        addresses, places, sizes, target, count * chunks, chunks, WORDS=block_bytes // 4, num_warps=16
     )
 
 

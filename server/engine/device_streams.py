@@ -2,7 +2,8 @@
 
 Three queues run beside the caller's: one brings the bytes of the next layers out of the arena, one moves the
 chain over the layers on, one writes keys and values to where they are wanted. The caller waits for the last
-one only, so that one layer is attended to while the next one is decoded and the bytes of a third arrive.
+one only, so that one layer is attended to while the next one is decoded and the bytes of a third arrive. A
+single new token reads the chain's state itself, on the caller's queue, which must go ahead of the chain's.
 
 Import this module only where a CUDA device is in use, or Triton's interpreter.
 """
@@ -19,6 +20,7 @@ from torch import Tensor
 from aquifer.compression.chain import ChainDecoder, Half, SegmentDecoder
 from aquifer.compression.codec import Codec
 from aquifer.compression.spec import KVSpec
+from aquifer.kernels.attention import attend, attend_in_pieces
 from aquifer.kernels.rope import apply_rope
 from aquifer.kernels.triton.gather import gather_slices
 from aquifer.server.engine.pages import PagePool
@@ -27,8 +29,9 @@ LANDINGS = 3
 
 _LARGEST_LAYER = 2**31
 
-GATHER_PROGRAMS = 32
-"""16 fill PCIe alone, and 32 beside the GEMMs; 64 would take more from those than they bring."""
+GATHER_PROGRAMS = 8
+"""As many multiprocessors are lost to the GEMMs. Beside those, bytes from the host take four times as long to
+arrive, so that half a megabyte has to be asked for at a time (gather.py)."""
 
 
 class Queue:
@@ -70,8 +73,9 @@ class Queues:
         """What happens when all of the caller's work up to now is done."""
         return torch.cuda.current_stream(self._device).record_event()
 
-    def let_caller_wait(self, event: torch.cuda.Event) -> None:
-        torch.cuda.current_stream(self._device).wait_event(event)
+    def let_caller_wait(self, event: torch.cuda.Event | None) -> None:
+        if event is not None:
+            torch.cuda.current_stream(self._device).wait_event(event)
 
 
 @cache
@@ -236,6 +240,17 @@ class ChainStream:
         self._chain.emit_next(slots, room[0], room[1], after_caller=True)
         return room[0], room[1]
 
+    def attend(self, q: Tensor) -> list[tuple[Tensor, Tensor]]:
+        if q.shape[1] > 1:
+            return attend_in_pieces(q, *self.next_layer())
+        layer, sinks = self._layer, self._segments.sinks
+        self._layer += 1
+        out, lse = self._chain.attend_next(q[:, 0])
+        parts = [(out[:, None], lse[:, None])]
+        if sinks is not None:
+            parts.append(attend(q, *sinks[layer]))
+        return parts
+
     def restore(self, pool: PagePool, runs: Sequence[tuple[int, int]]) -> None:
         first, sinks = self._segments.first, self._segments.sinks
         device = pool.keys.device
@@ -265,8 +280,8 @@ class _Chain:
             queue.after(started)  # the memory may have had other users
         queues.emits.hold(*rope)
         none: list[torch.cuda.Event | None] = [None] * num_layers
-        # By layer: when its bytes are there, its state stands, and it is written.
-        self._arrived, self._advanced, self._emitted = none[:], none[:], none[:]
+        # By layer: when its bytes are there, its state stands, and it is written or attended to.
+        self._arrived, self._advanced, self._used = none[:], none[:], none[:]
         self._layer = 0
         self._feed(0)
         self._advance(0)
@@ -284,10 +299,21 @@ class _Chain:
         with queues.emits.here():
             self._decoder.emit(layer, self._rope, slots, keys, values)
         queues.emits.hold(slots, keys, values)
-        self._emitted[layer] = done = queues.emits.mark()
+        self._used[layer] = done = queues.emits.mark()
         queues.let_caller_wait(done)
         self._advance(layer + 1)
         self._feed(layer + 2)
+
+    def attend_next(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention of q [Hq, D] to the next layer, which is not written; begin with the one behind it."""
+        layer, queues = self._layer, self._queues
+        self._layer += 1
+        queues.let_caller_wait(self._advanced[layer])
+        part = self._decoder.attend(layer, self._rope, q)
+        self._used[layer] = queues.callers()
+        self._advance(layer + 1)
+        self._feed(layer + 2)
+        return part
 
     def _feed(self, layer: int) -> None:
         """Bring the bytes of a layer, as soon as buffers are free."""
@@ -304,7 +330,7 @@ class _Chain:
         chain.after(self._arrived[layer])
         with chain.here():
             self._decoder.advance(layer, Half.KEYS, data)
-            chain.after(self._emitted[layer - 1] if layer else None)
+            chain.after(self._used[layer - 1] if layer else None)
             self._decoder.advance(layer, Half.VALUES, data)
         self._advanced[layer] = chain.mark()
 

@@ -272,7 +272,7 @@ class PagedPass:
         for first, last in self._past:
             parts += attend_in_pieces(q, keys[:, first:last], values[:, first:last])
         if self._stream is not None:
-            parts += attend_in_pieces(q, *self._stream.next_layer())
+            parts += self._stream.attend(q)
         if self._causal:
             parts.append(attend(q, k, v, causal=True))
         return merge_attention(parts)

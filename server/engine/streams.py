@@ -18,6 +18,7 @@ from torch import Tensor
 from aquifer.compression.codec import Codec
 from aquifer.compression.raw import RawCodec
 from aquifer.compression.spec import SINK_TOKENS
+from aquifer.kernels.attention import attend_in_pieces
 from aquifer.kernels.rope import apply_rope
 from aquifer.server.engine.fetch import StoredRecord, StoredSegment
 from aquifer.server.engine.pages import PagePool
@@ -53,6 +54,10 @@ class SegmentStream(Protocol):
     def next_layer(self) -> tuple[Tensor, Tensor]:
         """Keys after RoPE and values [H, T, D], in the model's dtype, rows in the order of `spans`. On CUDA
         they are overwritten by the next call."""
+
+    def attend(self, q: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Attention of q [Hq, R, D] to all tokens of the next layer, in place of `next_layer`; as parts for
+        `merge_attention`."""
 
     def restore(self, pool: PagePool, runs: Sequence[tuple[int, int]]) -> None:
         """Write all layers into the slots of `runs`, which have room for all tokens."""
@@ -124,6 +129,9 @@ class _PlainStream:
             for halves in zip(*layers, strict=True)
         )
         return apply_rope(keys, *self._source.rope).transpose(0, 1), values.transpose(0, 1)
+
+    def attend(self, q: Tensor) -> list[tuple[Tensor, Tensor]]:
+        return attend_in_pieces(q, *self.next_layer())
 
     def restore(self, pool: PagePool, runs: Sequence[tuple[int, int]]) -> None:
         for layer in range(self._source.spec.num_layers):

@@ -32,6 +32,7 @@ from aquifer.kernels.triton.norms import add_rms_norm, rms_norm, swiglu
 from aquifer.kernels.triton.rope import rotate_and_store
 from aquifer.kernels.triton.rows import fetch_rows, find_rows
 from aquifer.kernels.triton.select import select_tokens
+from aquifer.kernels.triton.state_attention import attend_state
 from aquifer.server.engine import lanes as engine_lanes
 from aquifer.server.engine.graphs import GraphedStep, PagedLanes
 from aquifer.server.engine.pages import BlockTable, PagePool
@@ -214,6 +215,26 @@ def test_emitting_compiles(
     angles, slots = torch.zeros(tokens, head_dim, dtype=dtype), torch.zeros(tokens, dtype=torch.int64)
     emit(state, torch.ones(channels), channels & -channels, (angles, angles), slots, *pool)
     assert compiled == ["_emit"]
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "group", "dtype", "tokens"),
+    [
+        (HEADS, HEAD_DIM, 4, torch.bfloat16, 131_072),
+        (HEADS, HEAD_DIM, 4, torch.bfloat16, 1),
+        (HEADS, HEAD_DIM, 4, torch.float32, 252),
+        (2, 64, 7, torch.bfloat16, 252),
+        (5, 128, 1, torch.float16, 256),
+    ],
+)
+def test_attention_to_a_state_compiles(
+    heads: int, head_dim: int, group: int, dtype: torch.dtype, tokens: int, compiled: _Compiled
+) -> None:
+    channels = heads * head_dim
+    state = torch.zeros(1, 3 * channels, dtype=dtype)[:, channels:].expand(tokens, -1)
+    angles, q = torch.zeros(tokens, head_dim, dtype=dtype), torch.zeros(heads * group, head_dim, dtype=dtype)
+    attend_state(q, state, torch.ones(channels), channels & -channels, (angles, angles))
+    assert compiled == ["_score_keys", "_sum_values", "_merge_rotated"]
 
 
 @pytest.mark.parametrize(

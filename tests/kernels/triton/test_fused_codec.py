@@ -14,6 +14,7 @@ from aquifer.compression.fused import FusedAquaCodec, fits
 from aquifer.compression.predictors import PredictorCard, Predictors
 from aquifer.compression.raw import RawCodec
 from aquifer.compression.spec import KVSpec
+from aquifer.kernels.attention import attend_ref, merge_attention
 from aquifer.kernels.rope import apply_rope
 from aquifer.server.engine import device_streams
 from aquifer.server.engine.device_streams import ChainedSegments, HostSlices, LandedLayers
@@ -194,6 +195,20 @@ def test_a_stream_gives_layer_after_layer(stored: Stored, launched: list[str]) -
         stream = segments.open([])
         for expected in stored.expected(0):
             close(torch.stack(stream.next_layer()), expected)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_attention_to_a_stream_is_attention_to_its_layers(
+    queries: int, stored: Stored, device: torch.device, launched: list[str]
+) -> None:
+    """One query reads the state, several read keys and values that are written for them."""
+    segments = ChainedSegments(stored.codec, stored.bodies, COUNTS, SPEC, stored.rope, stored.sinks)
+    stream = segments.open([])
+    for expected in stored.expected(0):
+        q = torch.randn(2 * SPEC.num_kv_heads, queries, SPEC.head_dim, device=device).to(DTYPE)
+        close(merge_attention(stream.attend(q)), attend_ref(q.float(), *expected)[0])
+    assert ("_score_keys" in launched) == (queries == 1)
+    assert ("_emit" in launched) == (queries > 1)
 
 
 def test_segments_without_sinks_are_restored_into_pages(
