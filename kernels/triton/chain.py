@@ -39,10 +39,12 @@ def _point(codes: tl.tensor, point: tl.tensor, there: tl.tensor, BITS: tl.conste
     """Indices uint8 [T, P] of points from packed rows. codes: [T] pointers to rows; there: [T, 1]."""
     # Rows of codes are whole units of 16 bytes and begin at one.
     codes = tl.multiple_of(codes, 16)
-    first_bit = point * BITS
-    byte = codes[:, None] + (first_bit // 8)[None, :]
-    index = tl.load(byte, mask=there, other=0)
-    if BITS < 8:
+    if BITS == 8:  # not divided, so that the compiler sees which bytes are neighbours
+        index = tl.load(codes[:, None] + point[None, :], mask=there, other=0)
+    else:
+        first_bit = point * BITS
+        byte = codes[:, None] + (first_bit // 8)[None, :]
+        index = tl.load(byte, mask=there, other=0)
         shift = first_bit % 8
         spills = there & (shift + BITS > 8)[None, :]
         behind = tl.load(byte + 1, mask=spills, other=0).to(tl.int32) << 8

@@ -20,10 +20,10 @@ from torch import Tensor
 from aquifer.kernels.triton.checks import FLOATS, expect, expect_power_of_two
 from aquifer.kernels.triton.lanes import FIELDS, INDEX_PAGES, PAGE, SCORES, TOKENS, memory, number
 
-PROGRAMS = 2112
-"""What the number of programs aims at: four at a time on each multiprocessor of an H200, four times over."""
+PROGRAMS = 1056
+"""What the number of programs aims at: two at a time on each multiprocessor of an H200, four times over."""
 
-MAX_PARTS = 64
+MAX_PARTS = 32
 """Programs per request and query head: whoever needs their log-sum-exp reads them at once."""
 
 MIDDLE = tl.constexpr(128)
@@ -161,7 +161,7 @@ def score_landmarks(
         query head; what it says of the first tokens means nothing
     first: tokens at the start of every request that have no landmark (sinks)
     block_tokens: per turn of a program, a divisor of 256
-    parts: programs per request and KV head, at most 64; by default so many that the device is full
+    parts: programs per request and KV head, at most 32; by default so many that the device is full
     Returns float32 [B, Hq, parts]: log-sum-exp of the scores, part by part; undefined where there is no
     request.
     Twin: aquifer.kernels.landmarks.score_landmarks; every four coordinates of a key contribute a number of
@@ -213,6 +213,6 @@ def score_landmarks(
         FOURTHS=fourths,
         HEAD_DIM=head_dim,
         BLOCK=block_tokens,
-        num_warps=4,
+        num_warps=8,
     )
     return partial_lse
