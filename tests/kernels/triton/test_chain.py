@@ -13,7 +13,13 @@ from aquifer.kernels.triton.encode import encode_rows
 
 # The interpreter truncates to bfloat16 where a device rounds.
 DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float16
-SHAPES = [(1, 128, 128), (37, 384, 128), (11, 256, 256), (2, 1024, 1024)]
+SHAPES = [(1, 128, 128), (9, 384, 128), (5, 256, 256), (2, 1024, 1024)]
+# Bits, half, tokens, channels, group: every two of bits, half and shape meet.
+STEPS = [
+    *((bits, bits % 2, 130, 256, 256) for bits in (2, 3, 4)),
+    *((bits, 1 - bits % 2, 150, 384, 128) for bits in (2, 3, 4)),
+    *((bits, half, 1, 128, 128) for bits, half in ((2, 0), (3, 1), (4, 1))),
+]
 MISS = 2**-7 if torch.cuda.is_available() else 2**-10
 
 
@@ -82,8 +88,7 @@ def test_coded_rows_come_back_as_the_encoders_state(
         assert error < {2: 0.13, 3: 0.04, 4: 0.012}[quantizer.index_bits // quantizer.dimension]
 
 
-@pytest.mark.parametrize("half", [0, 1])
-@pytest.mark.parametrize(("tokens", "channels", "group"), [(1, 128, 128), (130, 256, 256), (150, 384, 128)])
+@pytest.mark.parametrize(("bits", "half", "tokens", "channels", "group"), STEPS, indirect=["bits"])
 def test_a_decoders_step_makes_the_encoders_state(
     tokens: int, channels: int, group: int, half: int, quantizer: Quantizer, launched: list[str]
 ) -> None:

@@ -34,7 +34,7 @@ def test_the_kernel_chooses_what_the_row_cache_is_told_elsewhere(
                 slots=120,
                 device=device,
             )
-            for step in range(1, 7):
+            for step in range(1, 5):
                 for layer in range(2):
                     lane.chosen.copy_(own)
                     table = torch.tensor([NOBODY, lane.row(step, 3)], device=device)
@@ -43,5 +43,5 @@ def test_the_kernel_chooses_what_the_row_cache_is_told_elsewhere(
                     assert lane.chosen.tolist() == expected.tolist()
             fetched[kind] = int(counters[1])
     assert fetched["own"] == 2 * 2 * 30, "only its first step finds nothing"
-    assert fetched["own"] < fetched["trace"] < fetched["misses"] == 6 * 2 * 2 * 30
+    assert fetched["own"] < fetched["trace"] < fetched["misses"] == 4 * 2 * 2 * 30
     assert set(launched) == {"_impose", "_find_rows"}

@@ -175,9 +175,9 @@ def test_with_few_chosen_steps_stay_close_and_are_counted(setting: Setting, laun
 
 def test_a_request_answers_alike_alone_and_beside_others(setting: Setting, launched: list[str]) -> None:
     alone, beside = setting.read(600, 0.15)[1], setting.read(600, 0.15)[1]
-    others = [setting.read(length, 0.3)[1] for length in (300, 800)]
+    others = [setting.read(length, 0.3)[1] for length in (300, 530)]
     first = logits_of(setting.fast.step([Rows([9], 600, alone)]))[0]
-    rows = [Rows([3], 300, others[0]), Rows([9], 600, beside), Rows([4], 800, others[1])]
+    rows = [Rows([3], 300, others[0]), Rows([9], 600, beside), Rows([4], 530, others[1])]
     torch.testing.assert_close(logits_of(setting.fast.step(rows))[1], first, rtol=1e-4, atol=1e-4)
     assert launched
 
