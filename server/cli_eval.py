@@ -246,7 +246,7 @@ def _with_progress(
 
 
 def _print_summaries(summaries: Sequence[Summary]) -> None:
-    columns = ("task", "method", "score", "±", "stopped", "recall", "budget", "bits")
+    columns = ("task", "method", "score", "±", "of full", "±", "stopped", "recall", "budget", "bits")
     table = Table(*columns, "device bytes/token", "bytes fetched/step", box=None)
     for s in summaries:
         table.add_row(
@@ -254,6 +254,8 @@ def _print_summaries(summaries: Sequence[Summary]) -> None:
             s.method,
             f"{s.score:.1f}",
             "" if s.error is None else f"{s.error:.1f}",
+            "" if s.kept is None else f"{s.kept:.1%}",
+            "" if s.kept_error is None else f"{s.kept_error:.1%}",
             f"{s.stopped:.0%}",
             "" if s.recall is None else f"{s.recall:.3f}",
             f"{s.budget:.2%}",

@@ -75,6 +75,8 @@ class Record:
 class Summary:
     """Means over one task's samples. score: 0 to 100. error: its standard error, None for one sample.
 
+    kept: score / score of the full cache on the same samples; None if one of them has no such score.
+    kept_error: its standard error over pairs, so what is hard for both does not count.
     stopped: share of the answers that ended by themselves. recall: None where nothing is chosen.
     """
 
@@ -83,6 +85,8 @@ class Summary:
     samples: int
     score: float
     error: float | None
+    kept: float | None
+    kept_error: float | None
     stopped: float
     recall: float | None
     recall_by_layer: list[float]
@@ -145,14 +149,18 @@ def compare(
 
 def summarize(records: Sequence[Record]) -> list[Summary]:
     """One summary per task and method, in the order in which they first occur."""
+    full = {(record.task, record.sample): record.score for record in records if record.method == "full"}
     groups: dict[tuple[TaskName, str], list[Record]] = {}
     for record in records:
         groups.setdefault((record.task, record.method), []).append(record)
-    return [_summary(task, method, group) for (task, method), group in groups.items()]
+    return [_summary(task, method, group, full) for (task, method), group in groups.items()]
 
 
-def _summary(task: TaskName, method: str, records: Sequence[Record]) -> Summary:
+def _summary(
+    task: TaskName, method: str, records: Sequence[Record], full: dict[tuple[TaskName, int], float]
+) -> Summary:
     scores = [100 * record.score for record in records]
+    kept, kept_error = _kept([(record.score, full.get((task, record.sample))) for record in records])
     measured = [record.recall for record in records if record.recall]
     layers = [fmean(layer) for layer in zip(*measured, strict=True)]
     return Summary(
@@ -161,6 +169,8 @@ def _summary(task: TaskName, method: str, records: Sequence[Record]) -> Summary:
         samples=len(records),
         score=fmean(scores),
         error=stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else None,
+        kept=kept,
+        kept_error=kept_error,
         stopped=fmean(record.stopped for record in records),
         recall=fmean(layers) if layers else None,
         recall_by_layer=layers,
@@ -169,6 +179,18 @@ def _summary(task: TaskName, method: str, records: Sequence[Record]) -> Summary:
         device_bytes=fmean(record.device_bytes for record in records),
         fetched_bytes=fmean(record.fetched_bytes for record in records),
     )
+
+
+def _kept(pairs: Sequence[tuple[float, float | None]]) -> tuple[float | None, float | None]:
+    """Ratio of the means of scores and full scores, and its standard error (linearized: pairs, not means)."""
+    full = [score for _, score in pairs if score is not None]
+    if len(full) < len(pairs) or not sum(full):
+        return None, None
+    kept = sum(score for score, _ in pairs) / sum(full)
+    if len(pairs) == 1:
+        return kept, None
+    lost = [score - kept * whole for (score, _), whole in zip(pairs, full, strict=True)]
+    return kept, stdev(lost) * len(pairs) ** 0.5 / sum(full)
 
 
 def _answers(
@@ -209,7 +231,7 @@ def _answers(
                 stopped=answer.stopped,
                 prompt_tokens=len(item.prompt),
                 generated_tokens=len(answer.tokens),
-                recall=answer.recall,
+                recall=[round(share, 4) for share in answer.recall],
                 **asdict(answer.costs),
             )
         )

@@ -58,7 +58,7 @@ def test_compare_prints_a_table_and_writes_records_and_a_plot(tmp_path: Path, ch
     assert len(records) == 5
     assert {record["method"] for record in records} >= {"full", "landmarks:0.2:mean=off"}
     assert all(0 <= record["score"] <= 1 for record in records)
-    assert "window:0.2" in output and "recall" in output
+    assert "window:0.2" in output and "recall" in output and "of full" in output
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
@@ -154,6 +154,27 @@ def test_a_summary_is_the_mean_with_its_error() -> None:
     assert a.error == pytest.approx(25.0)
     assert a.recall_by_layer == pytest.approx([0.6, 1.0]) and a.recall == pytest.approx(0.8)
     assert (b.error, b.recall) == (None, None)
+
+
+def test_what_is_kept_is_measured_in_pairs() -> None:
+    full = [record("full", 0, 1.0, []), record("full", 1, 0.5, []), record("full", 2, 0.0, [])]
+    like_full = [record("a", n, whole.score, []) for n, whole in enumerate(full)]
+    half = [record("b", n, whole.score / 2, []) for n, whole in enumerate(full)]
+    uneven = [record("c", 0, 1.0, []), record("c", 1, 0.0, [])]
+    whole, a, b, c = summarize([*full, *like_full, *half, *uneven])
+    assert (whole.kept, whole.kept_error) == (1.0, 0.0)
+    # All lose alike what the full cache loses: scores differ between samples, what is kept does not.
+    assert (a.kept, a.kept_error) == (1.0, 0.0) and a.error == whole.error
+    assert b.kept == pytest.approx(0.5) and b.kept_error == pytest.approx(0.0)
+    assert c.kept == pytest.approx(2 / 3) and c.kept_error == pytest.approx(4 / 9)
+
+
+@pytest.mark.parametrize(
+    "full", [[], [record("full", 0, 1.0, [])], [record("full", n, 0.0, []) for n in (0, 1)]]
+)
+def test_without_a_full_score_of_every_sample_nothing_is_said_to_be_kept(full: list[Record]) -> None:
+    summary = summarize([*full, record("a", 0, 1.0, []), record("a", 1, 1.0, [])])[-1]
+    assert (summary.kept, summary.kept_error) == (None, None)
 
 
 def test_an_unknown_picture_format_is_refused(tmp_path: Path) -> None:
