@@ -272,16 +272,14 @@ class _Pass:
         self._running = running
         self.rows = [slice(*ends) for ends in pairwise(accumulate(counts, initial=0))]
         self.steps = [b.step + i for b, count in zip(running, counts, strict=True) for i in range(count)]
-        ranked = [number for number, branch in enumerate(running) if branch.scorer is not None]
+        scorers = {n: branch.scorer for n, branch in enumerate(running) if branch.scorer is not None}
+        ranked = {n: list(range(self.rows[n].start, self.rows[n].stop)) for n in scorers}
         self._groups: list[_Group] = []
-        for _, numbers in groupby(ranked, key=lambda number: id(running[number].scorer)):
-            rows = {number: list(range(*self.rows[number].indices(len(self.steps)))) for number in numbers}
-            scorer = running[next(iter(rows))].scorer
-            assert scorer is not None
-            self._groups.append(_Group.of(scorer, rows, prompt))
+        for _, numbers in groupby(scorers, key=lambda n: id(scorers[n])):
+            own = {n: ranked[n] for n in numbers}
+            self._groups.append(_Group.of(scorers[next(iter(own))], own, prompt))
         truth = prompt.once(ExactKeys(), lambda: ExactKeys().read(prompt))
-        every = [row for group in self._groups for row in group.rows.items()]
-        measured = {n: [row for row in rows if self.steps[row] % RECALL_EVERY == 0] for n, rows in every}
+        measured = {n: [row for row in ranked[n] if self.steps[row] % RECALL_EVERY == 0] for n in ranked}
         self._measured = _Group.of(truth, {n: rows for n, rows in measured.items() if rows}, prompt)
 
     def attend(self, layer: int, q: Tensor, k_raw: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from matplotlib.ticker import FuncFormatter
 from aquifer.workloads.comparison import Summary
 
 _MARKS = "osD^vPX*<>hp"
-_COLOURS = colormaps["tab20"]
+# Pairs of a dark and a light colour: all dark ones first.
+_COLOURS = [colormaps["tab20"](2 * (number % 10) + number // 10) for number in range(20)]
 _Styles = dict[str, dict[str, object]]
 
 
@@ -47,7 +48,7 @@ def plot_comparison(summaries: Sequence[Summary], path: Path) -> None:
 def _styles(summaries: Sequence[Summary]) -> _Styles:
     families = list(dict.fromkeys(_family(summary.method) for summary in summaries))
     return {
-        family: {"color": _COLOURS(number % 20), "marker": _MARKS[number % len(_MARKS)]}
+        family: {"color": _COLOURS[number % 20], "marker": _MARKS[number % len(_MARKS)]}
         for number, family in enumerate(families)
     }
 
