@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import structlog
 
@@ -63,6 +64,7 @@ class Fetcher:
         self._codecs: dict[RecordKind, Codec] = {"segment": codec, "sinks": raw}
         self._store = store
         self._gate = gate
+        self._body_bytes = cache(lambda kind, num_tokens: self._codecs[kind].segment_bytes(num_tokens))
 
     def fetch(self, keys: PromptKeys, indices: Sequence[int]) -> Fetched:
         """Lease the records of these segments, and open them. All are asked for at once: a hole is
@@ -105,13 +107,13 @@ class Fetcher:
         lease = leases[key]
         if lease is None:
             return None
-        codec = self._codecs[kind]
+        codec, expected = self._codecs[kind], self._body_bytes(kind, num_tokens)
         try:
             body = open_record(
                 lease.data, kind=kind, codec=codec.fingerprint, chain=key.digest, num_tokens=num_tokens
             )
-            if body.nbytes != codec.segment_bytes(num_tokens):
-                raise WireError(f"body of {body.nbytes} bytes, expected {codec.segment_bytes(num_tokens)}")
+            if body.nbytes != expected:
+                raise WireError(f"body of {body.nbytes} bytes, expected {expected}")
         except WireError as error:
             log.warning("record refused", tier=lease.tier, kind=kind, reason=str(error))
             lease.release()

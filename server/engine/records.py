@@ -33,7 +33,9 @@ def prompt_usage(codec: Codec, raw: Codec, num_tokens: int, mode: str) -> KVUsag
         return KVUsage(mode, codec.name, 0, 0, None)
     spec = codec.spec
     values = segments * SEGMENT_TOKENS * 2 * spec.num_layers * spec.channels
-    stored = record_bytes(raw.segment_bytes(SINK_TOKENS)) + sum(
-        record_bytes(codec.segment_bytes(segment_span(index)[1])) for index in range(segments)
+    sinks, first, other = (
+        record_bytes(own.segment_bytes(count))
+        for own, count in ((raw, SINK_TOKENS), (codec, segment_span(0)[1]), (codec, SEGMENT_TOKENS))
     )
+    stored = sinks + first + (segments - 1) * other
     return KVUsage(mode, codec.name, values * spec.dtype.itemsize, stored, 8 * stored / values)

@@ -76,6 +76,7 @@ class SegmentWriter:
         self._store = store
         self._metrics = metrics
         self._jobs: deque[_Queued] = deque()
+        self._waited_for = 0  # jobs that the last call of pump left
         self._batches: deque[_Batch] = deque()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         # It launches, waits, hashes and copies, while the engine's thread is busy with the next chunk.
@@ -91,10 +92,13 @@ class SegmentWriter:
         self._jobs.extend((job, on_done) for job in jobs)
 
     def pump(self, limit: int) -> None:
-        """Encode up to `limit` waiting records, and report those that were stored. While the thread is busy
-        with a batch the next one grows instead: few large ones take less of the device than many."""
-        busy = self._thread is not None and len(self._batches) > 0
-        queued = [] if busy else [self._jobs.popleft() for _ in range(min(limit, len(self._jobs)))]
+        """Encode up to `limit` waiting records, and report those that were stored. On the thread a batch
+        starts when it is full or nothing was added since the last call: few large ones cost the engine's
+        thread, and the device, less than many."""
+        grows = self._waited_for < len(self._jobs) < limit
+        later = self._thread is not None and (grows or len(self._batches) > 0)
+        queued = [] if later else [self._jobs.popleft() for _ in range(min(limit, len(self._jobs)))]
+        self._waited_for = len(self._jobs)
         for kind in self._codecs:
             jobs = [entry for entry in queued if entry[0].kind == kind]
             if jobs:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
+from tiny_models import DEVICE
 from torch import Tensor
 
 from aquifer.cachestore.arena import RamArena
@@ -105,3 +106,24 @@ def test_a_segment_that_is_not_finite_cannot_be_read_back(writer: SegmentWriter,
         writer.store_now(jobs[3:], keep=False)
     for record in leases:
         record.lease.release()
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="batches are collected for a device only")
+def test_a_batch_starts_when_it_is_full_or_no_longer_grows(store: TieredStore, keys: PromptKeys) -> None:
+    writer = SegmentWriter(MarkingCodec(SPEC), RawCodec(SPEC), store, Metrics(), DEVICE)
+    jobs = jobs_of(keys, torch.zeros(2, TOKENS, 16, device=DEVICE))
+
+    def stored_after(limit: int) -> list[str | None]:
+        writer.pump(limit)
+        for _ in range(2):  # sinks and segments are batches of their own
+            writer.wait(5)
+            writer.pump(0)
+        return store.contains(keys.records)
+
+    writer.add(jobs, lambda: None)
+    assert stored_after(5) == [None] * 4
+    assert stored_after(5) == ["ram"] * 4
+    store.delete(keys.records)
+    writer.add(jobs, lambda: None)
+    assert stored_after(4) == ["ram"] * 4
+    writer.close()
