@@ -10,9 +10,9 @@ Import this module only where a CUDA device is in use, or Triton's interpreter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -182,19 +182,32 @@ class ChainedSegments:
         bodies: Sequence[Tensor],
         counts: Sequence[int],
         spec: KVSpec,
-        rope: tuple[Tensor, Tensor],
+        rope: Callable[[], tuple[Tensor, Tensor]],
         sinks: Tensor | None,
+        device: torch.device,
     ) -> None:
         """bodies: uint8, one per segment of counts[i] tokens; they must stay as they are.
-        rope: cos and sin [T, D], of the sinks first. sinks: [L, 2, S, C] before RoPE, in host memory."""
+        rope: gives cos and sin [T, D], of the sinks first; asked for while bytes are on their way.
+        sinks: [L, 2, S, C] before RoPE, in host memory."""
         assert codec.chain is not None
-        self._codec, self._spec, self._counts, self._device = codec.chain, spec, counts, rope[0].device
-        self._slices = HostSlices(codec, bodies, counts, self._device)
+        self._codec, self._spec, self._counts, self._device = codec.chain, spec, counts, device
+        self._slices = HostSlices(codec, bodies, counts, device)
+        self._rope_of_all, self._sinks = rope, sinks
         self.first = 0 if sinks is None else sinks.shape[2]
         """Row of the first token that is no sink."""
-        cos, sin = (table[self.first :].contiguous() for table in rope)
-        self._rope = cos, sin
-        self.sinks = None if sinks is None else _emitted_sinks(sinks.to(self._device), spec, rope)
+
+    @cached_property
+    def rope(self) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, D] of the tokens that are no sinks."""
+        cos, sin = (table[self.first :].contiguous() for table in self._rope_of_all())
+        return cos, sin
+
+    @cached_property
+    def sinks(self) -> Tensor | None:
+        """Keys after RoPE and values, [L, 2, H, S, D]."""
+        if self._sinks is None:
+            return None
+        return _emitted_sinks(self._sinks.to(self._device), self._spec, self._rope_of_all())
 
     @property
     def num_tokens(self) -> int:
@@ -210,7 +223,7 @@ class ChainedSegments:
     def open(self, spans: Sequence[tuple[int, int]]) -> ChainStream:
         """spans: of the sinks and segments, in order."""
         decoder = self._codec.chain_decoder(self._counts, self._device)
-        return ChainStream(self, spans, _Chain(self._spec.num_layers, self._slices, decoder, self._rope))
+        return ChainStream(self, spans, _Chain(self._spec.num_layers, self._slices, decoder, self._device))
 
     def new_layer(self) -> Tensor:
         """Room for keys and values of a layer, [2, H, T, D]."""
@@ -237,7 +250,7 @@ class ChainStream:
         if segments.sinks is not None:
             room[:, :, : segments.first] = segments.sinks[self._layer]
         self._layer += 1
-        self._chain.emit_next(slots, room[0], room[1], after_caller=True)
+        self._chain.emit_next(segments.rope, slots, room[0], room[1], after_caller=True)
         return room[0], room[1]
 
     def attend(self, q: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -245,14 +258,14 @@ class ChainStream:
             return attend_in_pieces(q, *self.next_layer())
         layer, sinks = self._layer, self._segments.sinks
         self._layer += 1
-        out, lse = self._chain.attend_next(q[:, 0])
+        out, lse = self._chain.attend_next(self._segments.rope, q[:, 0])
         parts = [(out[:, None], lse[:, None])]
         if sinks is not None:
             parts.append(attend(q, *sinks[layer]))
         return parts
 
     def restore(self, pool: PagePool, runs: Sequence[tuple[int, int]]) -> None:
-        first, sinks = self._segments.first, self._segments.sinks
+        first, sinks, rope = self._segments.first, self._segments.sinks, self._segments.rope
         device = pool.keys.device
         slots = torch.cat([torch.arange(start, stop, device=device) for start, stop in runs])
         if sinks is not None:
@@ -260,25 +273,22 @@ class ChainStream:
             pool.values.index_copy_(2, slots[:first], sinks[:, 1])
         own = slots[first:].contiguous()
         for layer, (keys, values) in enumerate(zip(pool.keys, pool.values, strict=True)):
-            self._chain.emit_next(own, keys, values, after_caller=layer == 0)
+            self._chain.emit_next(rope, own, keys, values, after_caller=layer == 0)
 
 
 class _Chain:
     """The steps of a decoder on their queues."""
 
     def __init__(
-        self, num_layers: int, slices: HostSlices, decoder: ChainDecoder, rope: tuple[Tensor, Tensor]
+        self, num_layers: int, slices: HostSlices, decoder: ChainDecoder, device: torch.device
     ) -> None:
-        """rope: cos and sin [T, D]."""
-        device = rope[0].device
-        self._num_layers, self._decoder, self._rope = num_layers, decoder, rope
+        self._num_layers, self._decoder = num_layers, decoder
         self._queues = queues = queues_of(device)
         self._landing = Landing(slices, queues.copies, device)
         started = queues.callers()
         for queue in (queues.copies, queues.chain, queues.emits):
             queue.hold(self._landing.memory, *decoder.buffers)
             queue.after(started)  # the memory may have had other users
-        queues.emits.hold(*rope)
         none: list[torch.cuda.Event | None] = [None] * num_layers
         # By layer: when its bytes are there, its state stands, and it is written or attended to.
         self._arrived, self._advanced, self._used = none[:], none[:], none[:]
@@ -287,29 +297,39 @@ class _Chain:
         self._advance(0)
         self._feed(1)
 
-    def emit_next(self, slots: Tensor, keys: Tensor, values: Tensor, *, after_caller: bool) -> None:
+    def emit_next(
+        self,
+        rope: tuple[Tensor, Tensor],
+        slots: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        after_caller: bool,
+    ) -> None:
         """Write the next layer, and begin with the one behind it.
 
-        slots: int64 [T]; keys, values: [H, slots, D]. after_caller: not before what the caller has queued so
-        far is done. What the caller queues from now on finds the layer written.
+        rope: cos and sin [T, D]; slots: int64 [T]; keys, values: [H, slots, D]. after_caller: not before what
+        the caller has queued so far is done. What the caller queues from now on finds the layer written.
         """
         layer, queues = self._layer, self._queues
         self._layer += 1
         queues.emits.after(self._advanced[layer], queues.callers() if after_caller else None)
         with queues.emits.here():
-            self._decoder.emit(layer, self._rope, slots, keys, values)
-        queues.emits.hold(slots, keys, values)
+            self._decoder.emit(layer, rope, slots, keys, values)
+        queues.emits.hold(slots, keys, values, *rope)
         self._used[layer] = done = queues.emits.mark()
         queues.let_caller_wait(done)
         self._advance(layer + 1)
         self._feed(layer + 2)
 
-    def attend_next(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention of q [Hq, D] to the next layer, which is not written; begin with the one behind it."""
+    def attend_next(self, rope: tuple[Tensor, Tensor], q: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention of q [Hq, D] to the next layer, which is not written; begin with the one behind it.
+
+        rope: cos and sin [T, D]."""
         layer, queues = self._layer, self._queues
         self._layer += 1
         queues.let_caller_wait(self._advanced[layer])
-        part = self._decoder.attend(layer, self._rope, q)
+        part = self._decoder.attend(layer, rope, q)
         self._used[layer] = queues.callers()
         self._advance(layer + 1)
         self._feed(layer + 2)

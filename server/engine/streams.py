@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -79,10 +80,8 @@ class SegmentSource:
             spans = [segment_span(segment.index) for segment in segments]
             self.spans += spans
             parts.append((reader.codec, [s.record for s in segments], [count for _, count in spans]))
-        runs = [torch.arange(first, last, device=self._device) for first, last in joined(self.spans)]
-        positions = torch.cat(runs)
-        self.num_tokens = len(positions)
-        self.rope = adapter.rope_table(positions)
+        self._adapter = adapter
+        self.num_tokens = sum(count for _, count in self.spans)
         self.num_bytes = sum(record.body.nbytes for _, records, _ in parts for record in records)
         """Bytes of the records, all layers."""
         self._chained: ChainedSegments | None = None
@@ -95,9 +94,17 @@ class SegmentSource:
                 sinks = reader.raw.rows(_as_tensor(parts[0][1][0].body))
             _, records, counts = parts[-1]
             bodies = [_as_tensor(record.body) for record in records]
-            self._chained = ChainedSegments(reader.codec, bodies, counts, self.spec, self.rope, sinks)
+            self._chained = ChainedSegments(
+                reader.codec, bodies, counts, self.spec, lambda: self.rope, sinks, self._device
+            )
         else:
             self._parts = [_Records(codec, records, counts, self._device) for codec, records, counts in parts]
+
+    @cached_property
+    def rope(self) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, D] of the rows."""
+        runs = [torch.arange(first, last, device=self._device) for first, last in joined(self.spans)]
+        return self._adapter.rope_table(torch.cat(runs))
 
     @property
     def staging_bytes(self) -> int:

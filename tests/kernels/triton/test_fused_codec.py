@@ -170,6 +170,13 @@ class Stored:
             (torch.stack((keys[:, :4], values[:, :4]), dim=1), layers_of(self.codec, segments, COUNTS)), dim=2
         )
 
+    def segments(self, first: int = 0) -> ChainedSegments:
+        """From token `first` on, which is that of the sinks or the one behind them."""
+        rope = self.rope[0][first:], self.rope[1][first:]
+        sinks = None if first else self.sinks
+        device = rope[0].device
+        return ChainedSegments(self.codec, self.bodies, COUNTS, SPEC, lambda: rope, sinks, device)
+
     def expected(self, first: int) -> Tensor:
         """Keys after RoPE and values [L, 2, H, T, D] from token `first` on."""
         rows = self.pre_rope[:, :, first:].unflatten(3, (2, 64)).float()
@@ -189,7 +196,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 
 def test_a_stream_gives_layer_after_layer(stored: Stored, launched: list[str]) -> None:
-    segments = ChainedSegments(stored.codec, stored.bodies, COUNTS, SPEC, stored.rope, stored.sinks)
+    segments = stored.segments()
     assert segments.num_tokens == 4 + sum(COUNTS) and segments.staging_bytes > 0
     for _ in range(2):
         stream = segments.open([])
@@ -202,7 +209,7 @@ def test_attention_to_a_stream_is_attention_to_its_layers(
     queries: int, stored: Stored, device: torch.device, launched: list[str]
 ) -> None:
     """One query reads the state, several read keys and values that are written for them."""
-    segments = ChainedSegments(stored.codec, stored.bodies, COUNTS, SPEC, stored.rope, stored.sinks)
+    segments = stored.segments()
     stream = segments.open([])
     for expected in stored.expected(0):
         q = torch.randn(2 * SPEC.num_kv_heads, queries, SPEC.head_dim, device=device).to(DTYPE)
@@ -214,8 +221,7 @@ def test_attention_to_a_stream_is_attention_to_its_layers(
 def test_segments_without_sinks_are_restored_into_pages(
     stored: Stored, device: torch.device, launched: list[str]
 ) -> None:
-    rope = stored.rope[0][4:], stored.rope[1][4:]
-    segments = ChainedSegments(stored.codec, stored.bodies, COUNTS, SPEC, rope, None)
+    segments = stored.segments(first=4)
     pool = PagePool(SPEC, 2 * SPEC.bytes_per_token * 256, device, keep=False)
     pool.keys.fill_(7), pool.values.fill_(7)
     total = sum(COUNTS)
@@ -228,7 +234,7 @@ def test_segments_without_sinks_are_restored_into_pages(
 
 
 def test_sinks_are_restored_as_they_were(stored: Stored, device: torch.device, launched: list[str]) -> None:
-    segments = ChainedSegments(stored.codec, stored.bodies, COUNTS, SPEC, stored.rope, stored.sinks)
+    segments = stored.segments()
     pool = PagePool(SPEC, SPEC.bytes_per_token * 256, device, keep=False)
     segments.open([]).restore(pool, [(100, 104 + sum(COUNTS))])
     pages = torch.stack((pool.keys, pool.values), dim=1)
