@@ -12,6 +12,7 @@ import torch
 from aquifer.benchmarks.geometries import Subject
 from aquifer.compression.aqua import SCALE_BYTES, SIGNS_SEED, load_quantizer
 from aquifer.kernels.hadamard import Rotation
+from aquifer.kernels.prediction import Linear
 from aquifer.kernels.triton.chain import predict, predict_and_add
 from aquifer.kernels.triton.emit import emit
 from aquifer.kernels.triton.encode import encode_rows
@@ -32,7 +33,7 @@ def codec_work(subject: Subject, tokens: int, bits: int) -> list[Work]:
     ring = torch.randn(tokens, 3 * channels, device=device).to(dtype)
     state, out = ring[:, : 2 * channels], ring[:, 2 * channels :]
     weight = torch.randn(2 * channels, channels, device=device).mul_(0.25 / channels**0.5).to(dtype)
-    bias = torch.zeros(channels, device=device)
+    linear = Linear(weight, torch.zeros(channels, device=device))
     rows, prediction = torch.randn(tokens, channels, device=device).to(dtype), torch.empty_like(out).float()
     code_bytes, scale_bytes = quantizer.code_bytes(channels), channels // group * SCALE_BYTES
     number = torch.arange(tokens, dtype=torch.int32, device=device)
@@ -48,17 +49,17 @@ def codec_work(subject: Subject, tokens: int, bits: int) -> list[Work]:
         encode_rows(rows, rotation.signs, group, prediction, quantizer, KEYS, offsets, data, out, damaged)
 
     def decode() -> None:
-        predict_and_add(state, KEYS, weight, bias, group, data, offsets, quantizer, out)
+        predict_and_add(state, KEYS, linear, group, data, offsets, quantizer, out)
 
     half = 2.0 * tokens * channels
     stored, weights = float(data.numel()), 2.0 * weight.numel()
     gemm = 4.0 * tokens * channels**2
-    predict(state, KEYS, weight, bias, group, prediction)
+    predict(state, KEYS, linear, group, prediction)
     encode()  # so that there are codes to decode
     return [
         (
             "predict",
-            lambda: predict(state, KEYS, weight, bias, group, prediction),
+            lambda: predict(state, KEYS, linear, group, prediction),
             4 * half + weights,
             gemm,
         ),

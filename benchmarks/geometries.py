@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 from transformers.utils import logging as transformers_logging
 
 from aquifer.compression.codec import Codec, make_codec
-from aquifer.compression.predictors import PredictorCard, Predictors
+from aquifer.compression.predictors import LayerFit, PredictorCard, Predictors
 from aquifer.compression.spec import KVSpec
 from aquifer.server.models.adapter import checkpoint_fingerprint
 from aquifer.server.settings import REFERENCE_MODEL
@@ -195,6 +195,8 @@ def random_predictors(config: PreTrainedConfig, fingerprint: str) -> Predictors:
         values = torch.randn(rows, 2 * channels, channels, generator=draw)
         return (values * (0.25 / channels**0.5)).bfloat16()
 
+    # Nothing is explained, and rotated values spread like hidden states times random weights.
+    figures = (1.0, 1.0, 0.0, 0.0, *[config.initializer_range * config.hidden_size**0.5] * 2)
     card = PredictorCard(
         model_fingerprint=fingerprint,
         data="none: random numbers",
@@ -202,7 +204,7 @@ def random_predictors(config: PreTrainedConfig, fingerprint: str) -> Predictors:
         seed=_SEED,
         ridge=0.0,
         bits=2,
-        layers=[],
+        layers=[LayerFit(layer, *figures) for layer in range(rows + 1)],
     )
     return Predictors(
         key_mean=torch.zeros(channels),

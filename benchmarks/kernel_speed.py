@@ -22,6 +22,7 @@ from aquifer.kernels.attention import attend, merge_attention
 from aquifer.kernels.hadamard import Rotation, hadamard_group
 from aquifer.kernels.higgs import higgs_decode_add, higgs_encode
 from aquifer.kernels.landmarks import score_landmarks, select_tokens
+from aquifer.kernels.prediction import Linear
 from aquifer.kernels.rope import apply_rope
 
 CHUNK_TOKENS = 2048
@@ -85,7 +86,8 @@ def _plain_codec_kernels(subject: Subject, tokens: int) -> list[Kernel]:
     rows = torch.randn(tokens, channels, device=device)
     state = torch.randn(tokens, 2 * channels, device=device).to(state_dtype)
     weight = torch.randn(2 * channels, channels, device=device).mul_(0.25 / channels**0.5).to(state_dtype)
-    coder = HalfCoder(Half.KEYS, weight, torch.zeros(channels, device=device), quantizer, group)
+    linear = Linear(weight, torch.zeros(channels, device=device))
+    coder = HalfCoder(Half.KEYS, linear, quantizer, group)
     codes, scales = higgs_encode(rows, quantizer, group)
     reconstructed = torch.empty(tokens, channels, dtype=state_dtype, device=device)
 
@@ -102,7 +104,7 @@ def _plain_codec_kernels(subject: Subject, tokens: int) -> list[Kernel]:
         Kernel("rotate (signs and Hadamard)", lambda: rotation.rotate(rows), 2 * wide),
         Kernel(f"HIGGS encode, {BITS} bits", lambda: higgs_encode(rows, quantizer, group), wide + coded),
         Kernel(f"HIGGS decode and add, {BITS} bits", decode, wide + coded + halves),
-        Kernel("predict", lambda: coder.predict(state), 2 * halves + weights + wide, gemm),
+        Kernel("predict", lambda: linear(state), 2 * halves + weights + wide, gemm),
         Kernel(
             "predict and reconstruct",
             lambda: coder.decode(state, (codes, scales)),

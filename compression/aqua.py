@@ -27,6 +27,7 @@ from aquifer.compression.raw import check_kv
 from aquifer.compression.spec import Encoded, KVSpec
 from aquifer.kernels.hadamard import Rotation, hadamard_group
 from aquifer.kernels.higgs import Quantizer
+from aquifer.kernels.prediction import Constant, IntegerLinear, Linear, Prediction, Rounding
 
 GRID_OF_BITS = {2: "d4n256", 3: "d2n64", 4: "d2n256"}
 FIRST_LAYER_BITS = 4
@@ -40,7 +41,7 @@ CPU_BLOCK_VALUES = 1 << 19
 
 
 class AquaCodec:
-    """aqua:b with predictors, higgs:b without."""
+    """aqua:b with predictors, higgs:b without; aqua:b:int8 predicts in integers."""
 
     arithmetic: ClassVar[str | None] = None
     """Named where it rounds otherwise than here, because then its segments are of no use here."""
@@ -53,12 +54,15 @@ class AquaCodec:
         *,
         device: torch.device,
         codec_dtype: torch.dtype,
+        int8: bool = False,
     ) -> None:
-        self.name = f"{'aqua' if predictors else 'higgs'}:{bits}"
+        """int8: predict in integers. Raises ValueError if the predictors do not tell how values spread."""
+        self.name = f"{'aqua' if predictors else 'higgs'}:{bits}{':int8' if int8 else ''}"
+        self.int8 = int8
         self.spec = spec
         self.codec_dtype = codec_dtype
         self.rotation = Rotation.of(spec.channels, SIGNS_SEED, device)
-        self.coders = layer_coders(spec, bits, predictors, device, codec_dtype)
+        self.coders = layer_coders(spec, bits, predictors, device, codec_dtype, int8=int8)
         self.fingerprint = fingerprint(
             name=self.name,
             layout=LAYOUT_VERSION,
@@ -68,6 +72,11 @@ class AquaCodec:
             codec_dtype=str(codec_dtype),
             predictors=predictors.hash if predictors else None,
             **({"arithmetic": self.arithmetic} if self.arithmetic else {}),
+            **(
+                {"steps": [[c.rounding.factor for c in layer if c.rounding] for layer in self.coders]}
+                if int8
+                else {}
+            ),
         )
 
     @property
@@ -157,33 +166,43 @@ class AquaDecoder:
 
 
 def layer_coders(
-    spec: KVSpec, bits: int, predictors: Predictors | None, device: torch.device, dtype: torch.dtype
+    spec: KVSpec,
+    bits: int,
+    predictors: Predictors | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    int8: bool,
 ) -> list[LayerCoder]:
     """How each layer is coded. Without predictors every prediction is zero."""
     group = hadamard_group(spec.channels)
-    zero = torch.zeros(spec.channels, device=device)
+    zero = torch.zeros(spec.channels)
     coders = []
+    roundings: dict[Half, Rounding] = {}  # of the state, as the walk over the layers finds it
     for layer in range(spec.num_layers):
         maps = predictors.of_layer(layer) if predictors else ((None, zero), (None, zero))
-        quantizer = load_quantizer(FIRST_LAYER_BITS if layer == 0 else bits, device)
-        keys, values = (
-            HalfCoder(
-                half,
-                weight if weight is None else weight.to(device, dtype),
-                bias.to(device),
-                quantizer,
-                group,
-            )
-            for half, (weight, bias) in zip(Half, maps, strict=True)
-        )
-        coders.append((keys, values))
+        quantizer = load_quantizer(FIRST_LAYER_BITS if layer == 0 else bits, device, in_steps=int8)
+        pair = []
+        for half, (weight, bias) in zip(Half, maps, strict=True):
+            prediction: Prediction
+            if weight is None:
+                prediction = Constant(bias.to(device))
+            elif int8:
+                inputs = roundings[Half.KEYS], roundings[Half.VALUES]
+                prediction = IntegerLinear.of(weight.to(device), bias.to(device), inputs)
+            else:
+                prediction = Linear(weight.to(device, dtype), bias.to(device))
+            if int8 and predictors:
+                roundings[half] = Rounding.of(prediction.bias, predictors.spread(layer, half))
+            pair.append(HalfCoder(half, prediction, quantizer, group, roundings.get(half)))
+        coders.append((pair[0], pair[1]))
     return coders
 
 
 @cache
-def load_quantizer(bits: int, device: torch.device) -> Quantizer:
+def load_quantizer(bits: int, device: torch.device, *, in_steps: bool = False) -> Quantizer:
     """The shipped grid for residuals of 2, 3 or 4 bits, with its tables."""
-    return Quantizer.of(load_grid(GRID_OF_BITS[bits]), device)
+    return Quantizer.of(load_grid(GRID_OF_BITS[bits]), device, in_steps=in_steps)
 
 
 def row_blocks(state: Tensor) -> list[slice]:

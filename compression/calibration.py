@@ -6,6 +6,8 @@ will see. The corpus is streamed; kept between layers are only the chain states,
 bfloat16 (1.2 GB for 300,000 tokens of a 70B model), on the CPU if asked.
 """
 
+import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -18,6 +20,7 @@ from aquifer.compression.predictors import LayerFit, PredictorCard, Predictors
 from aquifer.compression.sources import LayerSource
 from aquifer.compression.spec import KVSpec
 from aquifer.kernels.hadamard import Rotation
+from aquifer.kernels.prediction import Constant, Linear, Prediction
 
 RIDGE = 1e-3
 STORED_DTYPE = torch.bfloat16
@@ -65,20 +68,20 @@ def calibrate(
         quantizer = load_quantizer(bits if layer else FIRST_LAYER_BITS, device)
         scores = []
         for half in Half:
-            weight: Tensor | None = None
+            prediction: Prediction
             if layer == 0:
-                bias = _mean(train, half)
+                prediction = Constant(_mean(train, half))
             else:
                 stored, bias = _fit(train, layer, half, ridge)
                 weights[half].append(stored)
-                weight = stored.to(codec_dtype)
-            biases[half].append(bias)
-            coder = HalfCoder(half, weight, bias, quantizer, rotation.group)
+                prediction = Linear(stored.to(codec_dtype), bias)
+            biases[half].append(prediction.bias)
+            coder = HalfCoder(half, prediction, quantizer, rotation.group)
             for state, target in train.batches(layer, half):
                 coder.encode(state, target)
             scores.append(_score(heldout, layer, coder))
-        (key_error, key_explained), (value_error, value_explained) = scores
-        fits.append(LayerFit(layer, key_error, value_error, key_explained, value_explained))
+        by_figure = zip(*scores, strict=True)  # errors, shares explained, spreads: keys before values
+        fits.append(LayerFit(layer, *itertools.chain.from_iterable(by_figure)))
         progress(fits[-1])
     card = PredictorCard(
         model_fingerprint=model_fingerprint,
@@ -186,18 +189,19 @@ def _fit(walk: _Walk, layer: int, half: Half, ridge: float) -> tuple[Tensor, Ten
     return moments.solve(ridge)
 
 
-def _score(walk: _Walk, layer: int, coder: HalfCoder) -> tuple[float, float]:
-    """Relative squared error after coding, and share of the variance that the prediction explains.
+def _score(walk: _Walk, layer: int, coder: HalfCoder) -> tuple[float, float, float]:
+    """Relative squared error after coding, share of the variance that the prediction explains, and spread.
 
     Moves the states on.
     """
     energy = wrong = unexplained = 0.0
-    total = torch.zeros_like(coder.bias, dtype=torch.float64)
+    total = torch.zeros_like(coder.prediction.bias, dtype=torch.float64)
     for state, target in walk.batches(layer, coder.half):
-        unexplained += (target - coder.predict(state)).double().square().sum().item()
+        unexplained += (target - coder.prediction(state)).double().square().sum().item()
         coder.encode(state, target)
         wrong += (target - coder.half.of(state)).double().square().sum().item()
         energy += target.double().square().sum().item()
         total += target.sum(dim=0, dtype=torch.float64)
     variance = energy - total.square().sum().item() / walk.tokens
-    return wrong / energy, 1.0 - unexplained / variance
+    spread = math.sqrt(variance / (walk.tokens * len(total)))
+    return wrong / energy, 1.0 - unexplained / variance, spread

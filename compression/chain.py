@@ -8,7 +8,8 @@ Layer l turns it into its own reconstruction in two steps, each a prediction plu
 
 The paper predicts keys from keys alone; the values of the layer before cut their error by a quarter
 (figures in deploy/DECISIONS.md). Because predictions start from reconstructions, which the decoder has
-too, errors do not build up. GEMMs accumulate in float32, and the sum is rounded to the codec dtype once.
+too, errors do not build up. A prediction may also round what it starts from (kernels/prediction.py): what it
+then misses is coded like the rest. Its sum with the residual, in float32, is rounded to the codec dtype once.
 """
 
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from aquifer.kernels.higgs import Quantizer, higgs_decode_add, higgs_encode
+from aquifer.kernels.prediction import Prediction, Rounding
 
 Codes = tuple[Tensor, Tensor]
 """Packed indices uint8 [T, C*bits/8] and scales float16 [T, C/G] of the residuals of one half of a layer."""
@@ -42,34 +44,23 @@ class HalfCoder:
     """How the keys, or the values, of one layer are coded."""
 
     half: Half
-    weight: Tensor | None
-    """Codec dtype, [2C, C]; without it the prediction is the bias alone."""
-    bias: Tensor
-    """float32 [C]"""
+    prediction: Prediction
     quantizer: Quantizer
     group: int
     """G: channels per Hadamard group and scale."""
-
-    def predict(self, state: Tensor) -> Tensor:
-        """float32 [T, C], from state [T, 2C]."""
-        if self.weight is None:
-            return self.bias.expand(len(state), -1)
-        if state.dtype == torch.float32:
-            return torch.addmm(self.bias, state, self.weight)
-        if state.is_cuda:
-            return torch.mm(state, self.weight, out_dtype=torch.float32).add_(self.bias)
-        return torch.addmm(self.bias, state.float(), self.weight.float())
+    rounding: Rounding | None = None
+    """How predictions that start from this half round it, where they do."""
 
     def encode(self, state: Tensor, target: Tensor) -> Codes:
         """Code rotated rows `target`, float32 [T, C], and move this half of the state on, in place."""
-        prediction = self.predict(state)
+        prediction = self.prediction(state)
         codes = higgs_encode(target - prediction, self.quantizer, self.group)
         self._reconstruct(state, prediction, codes)
         return codes
 
     def decode(self, state: Tensor, codes: Codes) -> None:
         """Move this half of the state on, in place, exactly as `encode` did."""
-        self._reconstruct(state, self.predict(state), codes)
+        self._reconstruct(state, self.prediction(state), codes)
 
     def _reconstruct(self, state: Tensor, prediction: Tensor, codes: Codes) -> None:
         higgs_decode_add(prediction, *codes, self.quantizer, out=self.half.of(state))

@@ -25,7 +25,7 @@ class Codec(Protocol):
 
     @property
     def name(self) -> str:
-        """ "raw", "higgs:2|3|4" or "aqua:2|3|4"."""
+        """ "raw", "higgs:2|3|4" or "aqua:2|3|4", and for the latter ":int8" if it predicts in integers."""
         ...
 
     @property
@@ -83,10 +83,13 @@ def make_codec(
     """
     if name == "raw":
         return RawCodec(spec)
-    family, _, bits = name.partition(":")
-    if family not in ("aqua", "higgs") or bits not in ("2", "3", "4"):
+    family, _, rest = name.partition(":")
+    bits, colon, option = rest.partition(":")
+    int8 = option == "int8" and family == "aqua"
+    if family not in ("aqua", "higgs") or bits not in ("2", "3", "4") or (colon and not int8):
         raise ValueError(
-            f"unknown codec {name!r}: use raw, aqua:2, aqua:3, aqua:4, higgs:2, higgs:3 or higgs:4"
+            f"unknown codec {name!r}: use raw, aqua:2, aqua:3 or aqua:4 (:int8 behind it: predictions in "
+            "integers), higgs:2, higgs:3 or higgs:4"
         )
     if family == "higgs":
         predictors = None
@@ -100,9 +103,10 @@ def make_codec(
             f"predictors for {predictors.num_layers} layers of {predictors.channels} channels do not fit "
             f"{spec.num_layers} layers of {spec.channels}: calibrate this model with `aquifer calibrate`"
         )
+    kind: type[AquaCodec] = AquaCodec
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= FUSED_FROM:
         from aquifer.compression.fused import FusedAquaCodec, fits
 
         if fits(spec, codec_dtype):
-            return FusedAquaCodec(spec, int(bits), predictors, device=device, codec_dtype=codec_dtype)
-    return AquaCodec(spec, int(bits), predictors, device=device, codec_dtype=codec_dtype)
+            kind = FusedAquaCodec
+    return kind(spec, int(bits), predictors, device=device, codec_dtype=codec_dtype, int8=int8)

@@ -19,6 +19,7 @@ from aquifer.compression.chain import ChainCodec, Half
 from aquifer.compression.raw import check_kv
 from aquifer.compression.spec import Encoded, KVSpec
 from aquifer.kernels.hadamard import hadamard_group
+from aquifer.kernels.prediction import Copy, IntegerLinear, Linear
 from aquifer.kernels.triton.chain import COLUMNS, decode_rows, predict, predict_and_add
 from aquifer.kernels.triton.emit import emit
 from aquifer.kernels.triton.encode import encode_rows
@@ -50,7 +51,7 @@ class FusedAquaCodec(AquaCodec):
     @cached_property
     def biases(self) -> list[Tensor]:
         """float32 [2, C] of each layer."""
-        return [torch.stack([coder.bias for coder in layer]) for layer in self.coders]
+        return [torch.stack([coder.prediction.bias for coder in layer]) for layer in self.coders]
 
     # Most prompts are cut in the same way, and the tables of a batch take a while to compute.
 
@@ -79,17 +80,17 @@ class FusedAquaCodec(AquaCodec):
         data = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
         damaged = torch.zeros(tokens, dtype=torch.int32, device=device)
         prediction = torch.empty(tokens, self.spec.channels, device=device)
-        state = StateRing(self, tokens, device)
+        state = ChainState(self, tokens, device)
         for layer, coders in enumerate(self.coders):
             for half, rows in zip(Half, (keys, values), strict=True):
                 number = int(half)  # kernels take plain integers
-                coder, bias = coders[half], self.biases[layer][half]
-                if coder.weight is None:
-                    expected = bias.expand(tokens, -1)
-                else:
-                    inputs = state.inputs(layer, half)
-                    predict(inputs, number, coder.weight, bias, self.rotation.group, prediction)
+                coder = coders[half]
+                linear = coder.prediction
+                if isinstance(linear, Linear | IntegerLinear):
+                    predict(state.inputs(layer, half), number, linear, self.rotation.group, prediction)
                     expected = prediction
+                else:
+                    expected = linear.bias.expand(tokens, -1)
                 encode_rows(
                     rows[layer],
                     self.rotation.signs,
@@ -99,8 +100,9 @@ class FusedAquaCodec(AquaCodec):
                     number,
                     offsets[layer],
                     data,
-                    state.half(layer, half),
+                    state.values.half(layer, half),
                     damaged,
+                    state.copy(layer, half),
                 )
         return Encoded(list(data.split(sizes)), damaged)
 
@@ -109,7 +111,7 @@ class FusedAquaCodec(AquaCodec):
         return self
 
     def chain_bytes(self, tokens: int) -> int:
-        return 3 * tokens * self.spec.channels * self.codec_dtype.itemsize
+        return 3 * tokens * self.spec.channels * (self.codec_dtype.itemsize + int(self.int8))
 
     def decoder(self, counts: Sequence[int], device: torch.device) -> "FusedDecoder":
         return self.chain_decoder(counts, device)
@@ -150,6 +152,28 @@ class FusedAquaCodec(AquaCodec):
         return torch.stack((codes, codes + length * code_bytes, scales, scales + length * scale_bytes)).int()
 
 
+class ChainState:
+    """The states of T tokens, and beside them their int8 copies if that is what predictions start from."""
+
+    def __init__(self, codec: FusedAquaCodec, tokens: int, device: torch.device) -> None:
+        self._coders = codec.coders
+        self.values = StateRing(codec.spec, tokens, codec.codec_dtype, device)
+        self.copies = StateRing(codec.spec, tokens, torch.int8, device) if codec.int8 else None
+
+    @property
+    def memory(self) -> list[Tensor]:
+        return [ring.memory for ring in (self.values, self.copies) if ring]
+
+    def inputs(self, layer: int, half: Half) -> Tensor:
+        """[T, 2C] that a half is predicted from."""
+        return (self.copies or self.values).inputs(layer, half)
+
+    def copy(self, layer: int, half: Half) -> Copy | None:
+        """Where the copy of a half belongs."""
+        rounding = self._coders[layer][half].rounding
+        return Copy(self.copies.half(layer, half), rounding) if self.copies and rounding else None
+
+
 class StateRing:
     """The states of T tokens in all layers, one after the other, in the memory of one and a half.
 
@@ -159,10 +183,10 @@ class StateRing:
     begins at (3 t + s) * C.
     """
 
-    def __init__(self, codec: AquaCodec, tokens: int, device: torch.device) -> None:
-        self._channels, self._tokens = codec.spec.channels, tokens
-        halves = 3 * (tokens - 1) + 2 * codec.spec.num_layers
-        self.memory = torch.empty(halves * self._channels, dtype=codec.codec_dtype, device=device)
+    def __init__(self, spec: KVSpec, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._channels, self._tokens = spec.channels, tokens
+        halves = 3 * (tokens - 1) + 2 * spec.num_layers
+        self.memory = torch.empty(halves * self._channels, dtype=dtype, device=device)
 
     def half(self, layer: int, half: Half) -> Tensor:
         """[T, C]: keys or values of a layer."""
@@ -187,36 +211,42 @@ class FusedDecoder:
     def __init__(self, codec: FusedAquaCodec, counts: Sequence[int], device: torch.device) -> None:
         self._codec = codec
         self._tokens, self._device = sum(counts), device
-        self._state = StateRing(codec, self._tokens, device)
+        self._state = ChainState(codec, self._tokens, device)
         own = tuple(counts), device
         self._offsets = codec.decode_offsets(True, *own), codec.decode_offsets(False, *own)
         self._layer = 0
 
     @property
     def buffers(self) -> Sequence[Tensor]:
-        return self._state.memory, *self._offsets
+        return *self._state.memory, *self._offsets
 
     def advance(self, layer: int, half: Half, data: Tensor) -> None:
         codec, state, offsets = self._codec, self._state, self._offsets[min(layer, 1)]
-        coder, biases, group = codec.coders[layer][half], codec.biases[layer], codec.rotation.group
-        if coder.weight is not None:
-            inputs, out = state.inputs(layer, half), state.half(layer, half)
-            quantizer = coder.quantizer
-            predict_and_add(
-                inputs, int(half), coder.weight, biases[half], group, data, offsets, quantizer, out
+        coder, group = codec.coders[layer][half], codec.rotation.group
+        linear, quantizer = coder.prediction, coder.quantizer
+        if isinstance(linear, Linear | IntegerLinear):
+            inputs, out, copy = (
+                state.inputs(layer, half),
+                state.values.half(layer, half),
+                state.copy(layer, half),
             )
+            predict_and_add(inputs, int(half), linear, group, data, offsets, quantizer, out, copy)
         elif half is Half.VALUES:  # both halves at once, now that none of the layer before is needed
-            decode_rows(data, offsets, coder.quantizer, group, biases, state.both(layer))
+            keys, values = (state.copy(layer, half) for half in Half)
+            copies = (keys, values) if keys and values else None
+            decode_rows(
+                data, offsets, quantizer, group, codec.biases[layer], state.values.both(layer), copies
+            )
 
     def emit(
         self, layer: int, rope: tuple[Tensor, Tensor], slots: Tensor, keys: Tensor, values: Tensor
     ) -> None:
         rotation = self._codec.rotation
-        emit(self._state.both(layer), rotation.signs, rotation.group, rope, slots, keys, values)
+        emit(self._state.values.both(layer), rotation.signs, rotation.group, rope, slots, keys, values)
 
     def attend(self, layer: int, rope: tuple[Tensor, Tensor], q: Tensor) -> tuple[Tensor, Tensor]:
         rotation = self._codec.rotation
-        return attend_state(q, self._state.both(layer), rotation.signs, rotation.group, rope)
+        return attend_state(q, self._state.values.both(layer), rotation.signs, rotation.group, rope)
 
     def decode_layer(self, slices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         layer, spec, dtype = self._layer, self._codec.spec, self._codec.codec_dtype

@@ -33,6 +33,9 @@ class LayerFit:
     key_explained: float
     """Share of the keys' variance that the prediction explains (layer 0: nothing is predicted)."""
     value_explained: float
+    key_spread: float | None = None
+    """Standard deviation of the rotated keys about their mean; cards from before aqua:*:int8 do not tell."""
+    value_spread: float | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,20 @@ class Predictors:
             return (None, self.key_mean), (None, self.value_mean)
         row = layer - 1
         return (self.key_weight[row], self.key_bias[row]), (self.value_weight[row], self.value_bias[row])
+
+    def spread(self, layer: int, half: int) -> float:
+        """Standard deviation of the rotated keys (half 0) or values of a layer about their mean.
+
+        Raises PredictorsError if the card does not tell.
+        """
+        fits = self.card.layers[layer : layer + 1]
+        known = [spread for fit in fits if (spread := (fit.key_spread, fit.value_spread)[half]) is not None]
+        if not known:
+            raise PredictorsError(
+                "the card of these predictors does not tell how values spread, which int8 needs: calibrate "
+                "this model again with `aquifer calibrate`, or use aqua:2"
+            )
+        return known[0]
 
     @cached_property
     def hash(self) -> str:

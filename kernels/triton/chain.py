@@ -22,16 +22,21 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from aquifer.kernels.higgs import Quantizer
+from aquifer.kernels.prediction import Copy, IntegerLinear, Linear
 from aquifer.kernels.triton.checks import FLOATS, expect
 
 KEY_CODES, VALUE_CODES, KEY_SCALES, VALUE_SCALES = range(4)
 """Rows of a table of offsets, int32 [4, T]: where in a buffer of bytes a token has its parts of a layer."""
 
-ROWS, DEPTH = 128, 64
-"""Of a tile of the GEMM. It is the same at any number of tokens, or bits would depend on that."""
+ROWS, COLUMNS = 128, 128
+"""Of a tile of the GEMM. It is the same at any number of tokens, or bits would depend on that. Channels must
+be whole multiples of COLUMNS. Two programs fit a multiprocessor, and one adds residuals while one multiplies.
+"""
 
-COLUMNS = 128
-"""Channels must be whole multiples of this."""
+DEPTH_BYTES = 128
+"""Of a tile's inputs, along the sum."""
+
+SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 
 @triton.jit
@@ -53,13 +58,34 @@ def _point(codes: tl.tensor, point: tl.tensor, there: tl.tensor, BITS: tl.conste
 
 
 @triton.jit
-def _value(
+def value(
     index: tl.tensor, scale: tl.tensor, grid: tl.tensor, DIMENSION: tl.constexpr, DTYPE: tl.constexpr
 ) -> tl.tensor:
-    """Residuals [T, P, DIMENSION] in DTYPE. scale: float32 [T]."""
+    """Residuals [T, P, DIMENSION] for `plus`: in DTYPE, or in steps of an int8 grid. scale: float32 [T]."""
     axis = tl.arange(0, DIMENSION)
     values = tl.load(grid + index.to(tl.int32)[:, :, None] * DIMENSION + axis[None, None, :])
-    return (values * scale[:, None, None]).to(DTYPE)
+    if values.dtype != tl.int8:
+        values = (values * scale[:, None, None]).to(DTYPE)
+    return values
+
+
+@triton.jit
+def plus(base: tl.tensor, residual: tl.tensor, scale: tl.tensor) -> tl.tensor:
+    """base, float32, and residuals. scale: float32, to be broadcast; of an int8 grid, times its step."""
+    if residual.dtype == tl.int8:
+        # Said, not left to the compiler: encoder and decoder must round alike.
+        total = tl.fma(residual.to(tl.float32), tl.broadcast_to(scale, base.shape), base)
+    else:
+        total = base + residual.to(tl.float32)
+    return total
+
+
+@triton.jit
+def to_int8(x: tl.tensor, centre: tl.tensor, factor: tl.tensor) -> tl.tensor:
+    """See aquifer.kernels.prediction.Rounding. x: in the state's dtype; centre: float32, to be broadcast."""
+    steps = tl.minimum(tl.maximum((x.to(tl.float32) - centre) * factor, -127.0), 127.0)
+    # Beside 1.5 * 2^23 a float32 has no bits for fractions, and its lowest byte is the rounded number's.
+    return (steps + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit
@@ -69,13 +95,19 @@ def _decode_rows(
     grid: tl.tensor,
     bias: tl.tensor,
     out: tl.tensor,
+    copy: tl.tensor,
+    step: tl.tensor,
+    key_factor: tl.tensor,
+    value_factor: tl.tensor,
     count: tl.tensor,
     offset_stride: tl.tensor,
     row_stride: tl.tensor,
+    copy_stride: tl.tensor,
     CHANNELS: tl.constexpr,
     GROUP: tl.constexpr,
     DIMENSION: tl.constexpr,
     BITS: tl.constexpr,
+    COPY: tl.constexpr,
     BLOCK: tl.constexpr,
     POINTS: tl.constexpr,
 ) -> None:
@@ -87,33 +119,46 @@ def _decode_rows(
     own_scales = tl.load(offsets + (2 + half) * offset_stride + token, mask=exists, other=0)
     scales = (data + own_scales).to(tl.pointer_type(tl.float16))
     group = tl.program_id(1) * POINTS * DIMENSION // GROUP
-    scale = tl.load(scales + group, mask=exists, other=0.0).to(tl.float32)
+    scale = tl.load(scales + group, mask=exists, other=0.0).to(tl.float32) * step
 
     point = tl.program_id(1) * POINTS + tl.arange(0, POINTS)
     index = _point(data + own_codes, point, exists[:, None], BITS)
     channel = half * CHANNELS + point[:, None] * DIMENSION + tl.arange(0, DIMENSION)[None, :]
-    values = tl.load(bias + channel)[None, :, :] + _value(
-        index, scale, grid, DIMENSION, out.dtype.element_ty
-    ).to(tl.float32)
-    where = out + token.to(tl.int64)[:, None, None] * row_stride + channel[None, :, :]
-    tl.store(where, values.to(out.dtype.element_ty), mask=exists[:, None, None])
+    centre = tl.load(bias + channel)[None, :, :]
+    residual = value(index, scale, grid, DIMENSION, out.dtype.element_ty)
+    total = plus(tl.broadcast_to(centre, residual.shape), residual, scale[:, None, None])
+    done, there, wide_token = (
+        total.to(out.dtype.element_ty),
+        exists[:, None, None],
+        token.to(tl.int64)[:, None, None],
+    )
+    tl.store(out + wide_token * row_stride + channel[None, :, :], done, mask=there)
+    if COPY:
+        rounded = to_int8(done, centre, tl.where(half == 0, key_factor, value_factor))
+        tl.store(copy + wide_token * copy_stride + channel[None, :, :], rounded, mask=there)
 
 
 @triton.jit
 def _step(
     state: tl.tensor,
     weight: tl.tensor,
+    weight_scale: tl.tensor,
     bias: tl.tensor,
     data: tl.tensor,
     offsets: tl.tensor,
     grid: tl.tensor,
     out: tl.tensor,
+    copy: tl.tensor,
+    step: tl.tensor,
+    factor: tl.tensor,
     count: tl.tensor,
     half: tl.tensor,
     offset_stride: tl.tensor,
     out_stride: tl.tensor,
+    copy_stride: tl.tensor,
     CHANNELS: tl.constexpr,
     FIRST: tl.constexpr,
+    INTEGER: tl.constexpr,
     ADD: tl.constexpr,
     GROUP: tl.constexpr,
     DIMENSION: tl.constexpr,
@@ -123,7 +168,7 @@ def _step(
     DEPTH: tl.constexpr,
     TOGETHER: tl.constexpr,
 ) -> None:
-    """One tile. The state's columns meet the weight's rows from FIRST on, and then those before. TOGETHER
+    """One tile. The state's columns meet the weight's inputs from FIRST on, and then those before. TOGETHER
     tiles of rows are taken through all columns before the next ones, for the L2 cache."""
     tiles: tl.constexpr = CHANNELS // COLUMNS
     number = tl.program_id(0)
@@ -138,22 +183,34 @@ def _step(
         own_codes = tl.load(offsets + half * offset_stride + token, mask=exists, other=0)
         own_scales = tl.load(offsets + (2 + half) * offset_stride + token, mask=exists, other=0)
         scales = (data + own_scales).to(tl.pointer_type(tl.float16))
-        scale = tl.load(scales + column // GROUP, mask=exists, other=0.0).to(tl.float32)
+        scale = tl.load(scales + column // GROUP, mask=exists, other=0.0).to(tl.float32) * step
         point = column // DIMENSION + tl.arange(0, COLUMNS // DIMENSION)
         index = _point(data + own_codes, point, exists[:, None], BITS)
 
-    total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    total = tl.zeros([ROWS, COLUMNS], dtype=tl.int32 if INTEGER else tl.float32)
     for k in range(0, 2 * CHANNELS, DEPTH):
-        left, right = state.load([row, k]), weight.load([(k + FIRST) % (2 * CHANNELS), column])
-        total = tl.dot(left, right, total)
+        left, inputs = state.load([row, k]), (k + FIRST) % (2 * CHANNELS)
+        if INTEGER:
+            total = tl.dot(left, weight.load([column, inputs]).T, total, out_dtype=tl.int32)
+        else:
+            total = tl.dot(left, weight.load([inputs, column]), total)
 
     channel = column + tl.arange(0, COLUMNS)
-    total += tl.load(bias + channel)[None, :]
+    centre = tl.load(bias + channel)[None, :]
+    if INTEGER:
+        # One rounding, whatever the compiler likes: encoder and decoder must round alike.
+        weight_scales = tl.broadcast_to(tl.load(weight_scale + channel)[None, :], total.shape)
+        result = tl.fma(total.to(tl.float32), weight_scales, tl.broadcast_to(centre, total.shape))
+    else:
+        result = total + centre
     if ADD:
-        residual = _value(index, scale, grid, DIMENSION, out.dtype.element_ty)
-        total += tl.reshape(residual, [ROWS, COLUMNS]).to(tl.float32)
-    where = out + token.to(tl.int64)[:, None] * out_stride + channel[None, :]
-    tl.store(where, total.to(out.dtype.element_ty), mask=exists[:, None])
+        residual = value(index, scale, grid, DIMENSION, out.dtype.element_ty)
+        result = plus(result, tl.reshape(residual, [ROWS, COLUMNS]), scale[:, None])
+    done, wide_token = result.to(out.dtype.element_ty), token.to(tl.int64)[:, None]
+    tl.store(out + wide_token * out_stride + channel[None, :], done, mask=exists[:, None])
+    if INTEGER and ADD:
+        rounded = to_int8(done, centre, factor)
+        tl.store(copy + wide_token * copy_stride + channel[None, :], rounded, mask=exists[:, None])
 
 
 def decode_rows(
@@ -163,6 +220,7 @@ def decode_rows(
     group: int,
     bias: Tensor,
     out: Tensor,
+    copies: tuple[Copy, Copy] | None = None,
     *,
     block_tokens: int = 2,
     block_points: int = 256,
@@ -171,6 +229,7 @@ def decode_rows(
 
     data: uint8 [B]; offsets: int32 [4, T], see KEY_CODES; group: G; bias: float32 [2, C]
     out: [T, 2C], any float dtype, rows may be strided
+    copies: of keys and of values, to be written as well; side by side in memory, and centred at the bias
     block_tokens, block_points: per program. The defaults are the fastest of nine on an H200.
     Twin: aquifer.kernels.higgs.higgs_decode_ref, rounded to out's dtype, plus the bias.
     """
@@ -180,109 +239,137 @@ def decode_rows(
     expect("offsets", offsets, (4, tokens), torch.int32)
     expect("bias", bias, (2, channels), torch.float32)
     expect("out", out, (tokens, 2 * channels), FLOATS)
+    keys, values = copies or (None, None)
+    for copy in (keys, values):
+        if copy:
+            expect("copy", copy.rows, (tokens, channels), torch.int8)
     block_points = min(block_points, group // quantizer.dimension)
     grid = (triton.cdiv(tokens, block_tokens), channels // quantizer.dimension // block_points, 2)
     _decode_rows[grid](
         data,
         offsets,
-        quantizer.grid,
+        quantizer.table,
         bias,
         out,
+        keys.rows if keys else out,
+        quantizer.step,
+        keys.rounding.factor if keys else 0.0,
+        values.rounding.factor if values else 0.0,
         tokens,
         offsets.stride(0),
         out.stride(0),
+        keys.rows.stride(0) if keys else 0,
         CHANNELS=channels,
         GROUP=group,
         DIMENSION=quantizer.dimension,
         BITS=quantizer.index_bits,
+        COPY=copies is not None,
         BLOCK=block_tokens,
         POINTS=block_points,
         num_warps=4,
     )
 
 
-def predict(state: Tensor, half: int, weight: Tensor, bias: Tensor, group: int, out: Tensor) -> None:
-    """out = state @ weight + bias.
+def predict(state: Tensor, half: int, linear: Linear | IntegerLinear, group: int, out: Tensor) -> None:
+    """out = linear(state).
 
-    state: [T, 2C], float16 or bfloat16, rows may be strided: for keys (half 0) keys beside values of the
-    layer before, for values (half 1) those values beside this layer's keys
-    weight: [2C, C] of the same dtype, contiguous, its rows for keys first; bias: float32 [C]
+    state: [T, 2C], float16 or bfloat16, int8 for IntegerLinear; rows may be strided: for keys (half 0) keys
+    beside values of the layer before, for values (half 1) those values beside this layer's keys
+    linear: with contiguous weights, of the state's dtype
     group: G, a power of two; out: float32 [T, C]
     A row's bits do not depend on T. Raises ValueError where C or G is not a multiple of COLUMNS.
-    Twin: torch.addmm.
+    Twin: the linear itself.
     """
-    expect("out", out, (len(state), weight.shape[1]), torch.float32)
-    _launch(state, half, weight, bias, group, out, None)
+    expect("out", out, (len(state), len(linear.bias)), torch.float32)
+    _launch(state, half, linear, group, out, None, None)
 
 
 def predict_and_add(
     state: Tensor,
     half: int,
-    weight: Tensor,
-    bias: Tensor,
+    linear: Linear | IntegerLinear,
     group: int,
     data: Tensor,
     offsets: Tensor,
     quantizer: Quantizer,
     out: Tensor,
+    copy: Copy | None = None,
 ) -> None:
     """Decode half of a layer: `predict`, plus the residual.
 
     data: uint8 [B]; offsets: int32 [4, T], see KEY_CODES
-    out: [T, C], of the state's dtype, rows may be strided
+    out: [T, C], float16 or bfloat16, of the state's dtype unless that is int8; rows may be strided
+    copy: for IntegerLinear, and only there, to be written as well; centred at the linear's bias
     """
     expect("data", data, (None,), torch.uint8)
     expect("offsets", offsets, (4, len(state)), torch.int32)
-    expect("out", out, (len(state), weight.shape[1]), state.dtype)
-    _launch(state, half, weight, bias, group, out, (data, offsets, quantizer))
+    integer = isinstance(linear, IntegerLinear)
+    expect("out", out, (len(state), len(linear.bias)), SIXTEEN_BITS if integer else state.dtype)
+    if (copy is not None) != integer:
+        raise ValueError("a copy belongs to a prediction in integers, and to no other")
+    _launch(state, half, linear, group, out, (data, offsets, quantizer), copy)
 
 
 def _launch(
     state: Tensor,
     half: int,
-    weight: Tensor,
-    bias: Tensor,
+    linear: Linear | IntegerLinear,
     group: int,
     out: Tensor,
     coded: tuple[Tensor, Tensor, Quantizer] | None,
+    copy: Copy | None,
 ) -> None:
     tokens, width = state.shape
     channels = width // 2
-    expect("state", state, (None, 2 * channels), (torch.float16, torch.bfloat16))
-    expect("weight", weight, (2 * channels, channels), state.dtype)
-    expect("bias", bias, (channels,), torch.float32)
+    integer = isinstance(linear, IntegerLinear)
+    expect("state", state, (None, 2 * channels), torch.int8 if integer else SIXTEEN_BITS)
+    inputs_first = (2 * channels, channels)
+    expect("weight", linear.weight, inputs_first[::-1] if integer else inputs_first, state.dtype)
+    expect("bias", linear.bias, (channels,), torch.float32)
     if channels % COLUMNS or group % COLUMNS or channels % group:
         raise ValueError(f"{channels} channels in groups of {group} are not whole tiles of {COLUMNS}")
-    # Wider tiles are faster; the columns of a tile share their scales.
-    columns = min(2 * COLUMNS, group)
-    # Without a residual nothing of it is read.
-    data, offsets, grid = bias, bias, bias
-    dimension, bits = 1, 8
+    # Without a residual nothing of it is read, and without a copy nothing written.
+    data, offsets, grid, step, dimension, bits = linear.bias, linear.bias, linear.bias, 1.0, 1, 8
     if coded is not None:
         data, offsets, quantizer = coded
-        grid, dimension, bits = quantizer.grid, quantizer.dimension, quantizer.index_bits
-    _step[(triton.cdiv(tokens, ROWS) * (channels // columns),)](
-        TensorDescriptor(state, [tokens, width], [state.stride(0), 1], [ROWS, DEPTH]),
-        TensorDescriptor(weight, [width, channels], [channels, 1], [DEPTH, columns]),
-        bias,
+        grid, step, dimension, bits = (
+            quantizer.table,
+            quantizer.step,
+            quantizer.dimension,
+            quantizer.index_bits,
+        )
+    if copy is not None:
+        expect("copy", copy.rows, (tokens, channels), torch.int8)
+    depth = DEPTH_BYTES // state.itemsize
+    block = [COLUMNS, depth] if integer else [depth, COLUMNS]
+    _step[(triton.cdiv(tokens, ROWS) * (channels // COLUMNS),)](
+        TensorDescriptor(state, [tokens, width], [state.stride(0), 1], [ROWS, depth]),
+        TensorDescriptor(linear.weight, list(linear.weight.shape), [linear.weight.shape[1], 1], block),
+        linear.scale if isinstance(linear, IntegerLinear) else linear.bias,
+        linear.bias,
         data,
         offsets,
         grid,
         out,
+        copy.rows if copy else out,
+        step,
+        copy.rounding.factor if copy else 0.0,
         tokens,
         half,
         offsets.stride(0),
         out.stride(0),
+        copy.rows.stride(0) if copy else 0,
         CHANNELS=channels,
         FIRST=half * channels,
+        INTEGER=integer,
         ADD=coded is not None,
         GROUP=group,
         DIMENSION=dimension,
         BITS=bits,
         ROWS=ROWS,
-        COLUMNS=columns,
-        DEPTH=DEPTH,
+        COLUMNS=COLUMNS,
+        DEPTH=depth,
         TOGETHER=8,
-        num_warps=8,
+        num_warps=4,
         num_stages=3,
     )

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from aquifer.kernels.higgs import CELLS, Quantizer
 from aquifer.kernels.packing import indices_per_unit
+from aquifer.kernels.prediction import Copy
+from aquifer.kernels.triton.chain import plus, to_int8, value
 from aquifer.kernels.triton.checks import FLOATS, expect, expect_power_of_two
 from aquifer.kernels.triton.hadamard import LEAST, factors, turn_group
 from aquifer.kernels.triton.higgs import group_scale, nearest, store_codes
@@ -26,13 +28,18 @@ def _encode_rows(
     offsets: tl.tensor,
     data: tl.tensor,
     state: tl.tensor,
+    copy: tl.tensor,
+    centre: tl.tensor,
     damaged: tl.tensor,
+    step: tl.tensor,
+    factor: tl.tensor,
     count: tl.tensor,
     half: tl.tensor,
     x_stride: tl.tensor,
     prediction_stride: tl.tensor,
     offset_stride: tl.tensor,
     state_stride: tl.tensor,
+    copy_stride: tl.tensor,
     GROUP: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
@@ -43,6 +50,7 @@ def _encode_rows(
     TO_CELLS: tl.constexpr,
     NORM: tl.constexpr,
     EXACT: tl.constexpr,
+    COPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """One Hadamard group of a block of tokens."""
@@ -78,10 +86,13 @@ def _encode_rows(
     tl.store(scales + group, scale, mask=exists)
     wide = scale.to(tl.float32)
     index = nearest(missed, wide, cells, DIMENSION, AXIS_CELLS, TO_CELLS)
-    values = tl.load(grid + index[:, :, None] * DIMENSION + axis[None, None, :])
-    values = (values * wide[:, None, None]).to(state.dtype.element_ty).to(tl.float32)
-    place = state + wide_token[:, None, None] * state_stride + channel[None, :, :]
-    tl.store(place, (predicted + values).to(state.dtype.element_ty), mask=there)
+    own_scale = wide * step
+    residual = value(index, own_scale, grid, DIMENSION, state.dtype.element_ty)
+    done = plus(predicted, residual, own_scale[:, None, None]).to(state.dtype.element_ty)
+    tl.store(state + wide_token[:, None, None] * state_stride + channel[None, :, :], done, mask=there)
+    if COPY:
+        rounded = to_int8(done, tl.load(centre + channel)[None, :, :], factor)
+        tl.store(copy + wide_token[:, None, None] * copy_stride + channel[None, :, :], rounded, mask=there)
 
     own_codes = tl.load(offsets + half * offset_stride + token, mask=exists, other=0)
     store_codes(index, data + own_codes + group * (points * BITS // 8), exists, BITS, UNIT)
@@ -98,6 +109,7 @@ def encode_rows(
     data: Tensor,
     state: Tensor,
     damaged: Tensor,
+    copy: Copy | None = None,
     *,
     block_tokens: int = 2,
 ) -> None:
@@ -109,6 +121,7 @@ def encode_rows(
     offsets: int32 [4, T], see chain.KEY_CODES, into data, uint8 [B], where codes and scales go
     state: [T, C], rows may be strided
     damaged: int32 [T], set to 1 for rows that hold a value that is not finite
+    copy: of the state, to be written as well
     block_tokens: per program. 2 and 4 are alike on an H200, 1 takes half as long again.
     Twin: aquifer.kernels.hadamard.Rotation.rotate, then aquifer.kernels.higgs.higgs_encode of the difference.
     """
@@ -120,6 +133,8 @@ def encode_rows(
     expect("data", data, (None,), torch.uint8)
     expect("state", state, (tokens, channels), FLOATS)
     expect("damaged", damaged, (tokens,), torch.int32)
+    if copy is not None:
+        expect("copy", copy.rows, (tokens, channels), torch.int8)
     expect_power_of_two("group", group, 16, 4096)
     axis_cells, reach = CELLS[quantizer.dimension]
     left, right = factors(group)
@@ -129,17 +144,22 @@ def encode_rows(
         signs,
         prediction,
         quantizer.cells,
-        quantizer.grid,
+        quantizer.table,
         offsets,
         data,
         state,
+        copy.rows if copy else state,
+        copy.rounding.centre if copy else signs,
         damaged,
+        quantizer.step,
+        copy.rounding.factor if copy else 0.0,
         tokens,
         half,
         x.stride(0),
         prediction.stride(0),
         offsets.stride(0),
         state.stride(0),
+        copy.rows.stride(0) if copy else 0,
         GROUP=group,
         LEFT=left,
         RIGHT=right,
@@ -150,6 +170,7 @@ def encode_rows(
         TO_CELLS=axis_cells / (2 * reach),
         NORM=group**-0.5,
         EXACT=x.dtype == torch.float32,
+        COPY=copy is not None,
         BLOCK=block_tokens,
         num_warps=4,
         enable_fp_fusion=False,

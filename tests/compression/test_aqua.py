@@ -14,7 +14,7 @@ from aquifer.compression.wire import record_bytes
 
 CPU = torch.device("cpu")
 KVMaker = Callable[[int, int], tuple[Tensor, Tensor]]
-NAMES = [f"{family}:{bits}" for family in ("aqua", "higgs") for bits in (2, 3, 4)]
+NAMES = [*(f"{family}:{bits}" for family in ("aqua", "higgs") for bits in (2, 3, 4)), "aqua:2:int8"]
 COUNTS = [252, 256, 256, 7]
 
 
@@ -124,6 +124,32 @@ def test_two_bits_cost_at_most_2_10_on_the_wire() -> None:
     assert record_bytes(codec.segment_bytes(SEGMENT_TOKENS)) * 8 / values <= 2.10
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+def test_predictions_in_integers_cost_little(
+    bits: int, spec: KVSpec, make_kv: KVMaker, predictors: Predictors
+) -> None:
+    keys, values = make_kv(600, 8)
+    errors = []
+    for name in (f"aqua:{bits}:int8", f"aqua:{bits}"):
+        codec = codec_of(name, spec, predictors)
+        assert codec.name == name
+        found = decode(codec, codec.encode(keys, values, [600]), [600])
+        errors.append(relative_error(found[0], keys) + relative_error(found[1], values))
+    assert errors[0] < 1.05 * errors[1]
+
+
+def test_integers_need_to_know_how_values_spread(spec: KVSpec, predictors: Predictors) -> None:
+    fits = [replace(fit, value_spread=None) for fit in predictors.card.layers]
+    older = replace(predictors, card=replace(predictors.card, layers=fits))
+    assert codec_of("aqua:2", spec, older).fingerprint == codec_of("aqua:2", spec, predictors).fingerprint
+    with pytest.raises(ValueError, match="calibrate this model again"):
+        codec_of("aqua:2:int8", spec, older)
+    fits = [replace(fit, key_spread=2.0) for fit in predictors.card.layers]
+    wider = replace(predictors, card=replace(predictors.card, layers=fits))
+    fingerprints = {codec_of("aqua:2:int8", spec, maps).fingerprint for maps in (wider, predictors)}
+    assert len(fingerprints) == 2
+
+
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=4))
 @settings(max_examples=20, deadline=None)
 def test_any_token_counts_round_trip(
@@ -198,7 +224,9 @@ def test_fingerprints_tell_codecs_apart(spec: KVSpec, predictors: Predictors) ->
     assert codec_of("aqua:2", other_rope, predictors).fingerprint != again.fingerprint
 
 
-@pytest.mark.parametrize("name", ["aqua:5", "aqua", "zip", "higgs:2:1"])
+@pytest.mark.parametrize(
+    "name", ["aqua:5", "aqua", "zip", "higgs:2:1", "higgs:2:int8", "aqua:2:", "aqua:2:fp8"]
+)
 def test_an_unknown_name_is_refused_with_the_known_ones(
     name: str, spec: KVSpec, predictors: Predictors
 ) -> None:

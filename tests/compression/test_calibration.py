@@ -63,6 +63,15 @@ def test_each_layer_is_reported_on_held_out_sequences(spec: KVSpec, make_kv: KVM
     assert abs(reported[0].key_explained) < 0.05
     assert all(fit.key_explained > 0.6 and fit.value_explained > 0.6 for fit in reported[1:])
     assert all(0 < fit.key_error < 0.1 and 0 < fit.value_error < 0.1 for fit in reported)
+    for heldout, spreads in zip(
+        make_kv(300, 3),
+        zip(*((fit.key_spread, fit.value_spread) for fit in reported), strict=True),
+        strict=True,
+    ):
+        # The rotation keeps the variance of a row, not that of each channel.
+        torch.testing.assert_close(
+            torch.tensor(spreads), heldout.var(dim=1).mean(dim=1).sqrt(), rtol=0.01, atol=0
+        )
 
 
 def test_spilled_and_offloaded_calibration_gives_the_same_predictors(

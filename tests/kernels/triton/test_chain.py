@@ -8,6 +8,7 @@ from aquifer.compression.aqua import load_quantizer
 from aquifer.kernels import higgs as plain
 from aquifer.kernels.hadamard import Rotation
 from aquifer.kernels.higgs import Quantizer
+from aquifer.kernels.prediction import Copy, IntegerLinear, Linear, Rounding
 from aquifer.kernels.triton.chain import decode_rows, predict, predict_and_add
 from aquifer.kernels.triton.encode import encode_rows
 
@@ -97,7 +98,8 @@ def test_a_decoders_step_makes_the_encoders_state(
     state, out = ring[:, : 2 * channels], ring[:, 2 * channels :]
     weight = (normal(2 * channels, channels, device=device) / channels**0.5).to(DTYPE)
     bias, prediction = normal(channels, device=device), torch.empty(tokens, channels, device=device)
-    predict(state, half, weight, bias, group, prediction)
+    linear = Linear(weight, bias)
+    predict(state, half, linear, group, prediction)
     expected = state.double() @ weight.roll(half * channels, 0).double() + bias
     torch.testing.assert_close(prediction.double(), expected, rtol=1e-4, atol=1e-4)
 
@@ -105,15 +107,14 @@ def test_a_decoders_step_makes_the_encoders_state(
     x, damaged = normal(tokens, channels, device=device), torch.zeros_like(offsets[0])
     signs, coded = Rotation.of(channels, 5, device).signs, torch.empty_like(out)
     encode_rows(x, signs, group, prediction, quantizer, half, offsets, data, coded, damaged)
-    predict_and_add(state, half, weight, bias, group, data, offsets, quantizer, out)
+    predict_and_add(state, half, linear, group, data, offsets, quantizer, out)
     assert torch.equal(out, coded)
     # The same rows among fewer others.
     for start, stop in ((0, 1), (tokens // 2, tokens)):
         predict_and_add(
             state[start:stop],
             half,
-            weight,
-            bias,
+            linear,
             group,
             data,
             offsets[:, start:stop].contiguous(),
@@ -122,6 +123,67 @@ def test_a_decoders_step_makes_the_encoders_state(
         )
     assert torch.equal(out, coded)
     assert launched == ["_step", "_encode_rows", "_step", "_step", "_step"]
+
+
+@pytest.mark.parametrize(
+    ("bits", "half", "tokens", "channels", "group"),
+    [(2, 0, 130, 256, 256), (3, 1, 150, 384, 128), (4, 1, 1, 128, 128)],
+)
+def test_a_step_in_integers_makes_the_encoders_state_and_its_copy(
+    tokens: int, channels: int, group: int, half: int, bits: int, device: torch.device, launched: list[str]
+) -> None:
+    quantizer = load_quantizer(bits, device, in_steps=True)
+    state, mean = normal(tokens, 2 * channels, device=device), normal(2 * channels, device=device)
+    roundings = Rounding.of(mean[:channels], 1.0), Rounding.of(mean[channels:], 2.0)
+    weight = normal(2 * channels, channels, device=device) / channels**0.5
+    linear = IntegerLinear.of(weight, normal(channels, device=device), roundings)
+    keys, values = (rounding(rows) for rounding, rows in zip(roundings, state.chunk(2, dim=1), strict=True))
+    ring = torch.zeros(tokens, 3 * channels, dtype=torch.int8, device=device)
+    ring[:, : 2 * channels] = torch.cat((values, keys) if half else (keys, values), dim=1)
+    inputs, prediction = ring[:, : 2 * channels], torch.empty(tokens, channels, device=device)
+    predict(inputs, half, linear, group, prediction)
+    torch.testing.assert_close(prediction, linear(state), rtol=1e-6, atol=1e-5)
+
+    offsets, data = laid_out(tokens, channels, group, quantizer)
+    x, damaged = normal(tokens, channels, device=device), torch.zeros_like(offsets[0])
+    signs, rounding = Rotation.of(channels, 5, device).signs, Rounding.of(linear.bias, 1.5)
+    coded, coded_copy = torch.empty_like(x, dtype=DTYPE), Copy(torch.empty_like(keys), rounding)
+    encode_rows(x, signs, group, prediction, quantizer, half, offsets, data, coded, damaged, coded_copy)
+    assert torch.equal(coded_copy.rows, rounding(coded))
+    codes, scales = parts_of(data, offsets, half, quantizer.code_bytes(channels), channels // group)
+    expected = plain.higgs_decode_ref(codes, scales, quantizer.grid) + prediction
+    torch.testing.assert_close(coded.float(), expected, rtol=MISS, atol=MISS)
+
+    for start, stop in ((0, tokens), (0, 1), (tokens // 2, tokens)):  # the same rows among fewer others
+        part = slice(start, stop)
+        out, copy = torch.empty_like(coded[part]), Copy(ring[part, 2 * channels :], rounding)
+        own_offsets = offsets[:, part].contiguous()
+        predict_and_add(inputs[part], half, linear, group, data, own_offsets, quantizer, out, copy)
+        assert torch.equal(out, coded[part]) and torch.equal(copy.rows, coded_copy.rows[part])
+    assert launched == ["_step", "_encode_rows", "_step", "_step", "_step"]
+
+
+def test_layers_without_predictions_are_copied_to_int8(device: torch.device, launched: list[str]) -> None:
+    tokens, channels = 9, 256
+    quantizer = load_quantizer(4, device, in_steps=True)
+    offsets, data = laid_out(tokens, channels, channels, quantizer)
+    bias = normal(2, channels, device=device)
+    damaged = torch.zeros(tokens, dtype=torch.int32, device=device)
+    state = torch.zeros(2, tokens, channels, dtype=DTYPE, device=device)
+    for half, x in enumerate(normal(2, tokens, channels, device=device)):
+        signs, prediction = Rotation.of(channels, 5, device).signs, bias[half].expand(tokens, -1)
+        encode_rows(x, signs, channels, prediction, quantizer, half, offsets, data, state[half], damaged)
+    decoded = torch.zeros(tokens, 2 * channels, dtype=DTYPE, device=device)
+    ring = torch.zeros(tokens, 3 * channels, dtype=torch.int8, device=device)
+    keys, values = (
+        Copy(rows, Rounding.of(centre, spread))
+        for rows, centre, spread in zip(ring.split(channels, dim=1), bias, (1.0, 3.0), strict=False)
+    )
+    decode_rows(data, offsets, quantizer, channels, bias, decoded, (keys, values))
+    assert torch.equal(decoded, torch.cat((state[0], state[1]), dim=1))
+    for copy, half_of_state in zip((keys, values), state, strict=True):
+        assert torch.equal(copy.rows, copy.rounding(half_of_state)) and copy.rows.any()
+    assert not ring[:, 2 * channels :].any()
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -143,9 +205,9 @@ def test_arguments_that_do_not_fit_are_refused(device: torch.device) -> None:
     state, bias = torch.zeros(3, 384, dtype=DTYPE, device=device), torch.zeros(192, device=device)
     out, weight = torch.zeros(3, 192, device=device), torch.zeros(384, 192, dtype=DTYPE, device=device)
     with pytest.raises(ValueError, match="192 channels in groups of 64 are not whole tiles of 128"):
-        predict(state, 0, weight, bias, 64, out)
+        predict(state, 0, Linear(weight, bias), 64, out)
     with pytest.raises(ValueError, match="weight is"):
-        predict(state, 0, weight.float(), bias, 64, out)
+        predict(state, 0, Linear(weight.float(), bias), 64, out)
     quantizer = load_quantizer(2, device)
     offsets, data = laid_out(3, 128, 128, quantizer)
     with pytest.raises(ValueError, match="offsets is"):

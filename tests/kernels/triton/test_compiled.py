@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction, KernelInterface
 from aquifer.benchmarks.selection_cuda import imposed_on_lanes
 from aquifer.compression.aqua import load_quantizer
 from aquifer.compression.fused import FusedAquaCodec
-from aquifer.compression.predictors import PredictorCard, Predictors
+from aquifer.compression.predictors import LayerFit, PredictorCard, Predictors
 from aquifer.compression.spec import SINK_TOKENS, KVSpec
 from aquifer.kernels.backend import triton_backend
 from aquifer.kernels.triton.attention import attend_pages, merge_parts
@@ -30,8 +30,9 @@ from aquifer.kernels.triton.landmarks import score_landmarks
 from aquifer.kernels.triton.lanes import NOBODY, lay_out
 from aquifer.kernels.triton.norms import add_rms_norm, rms_norm, swiglu
 from aquifer.kernels.triton.rope import rotate_and_store
-from aquifer.kernels.triton.rows import fetch_rows, find_rows
+from aquifer.kernels.triton.rows import fetch_rows
 from aquifer.kernels.triton.select import select_tokens
+from aquifer.kernels.triton.slots import find_rows
 from aquifer.kernels.triton.state_attention import attend_state
 from aquifer.server.engine import lanes as engine_lanes
 from aquifer.server.engine.graphs import GraphedStep, PagedLanes
@@ -131,8 +132,8 @@ def test_a_layer_of_selective_decoding_compiles(
     fetch_rows(lanes, missing, rows, torch.zeros(256, 2), signs, means, pool, pool)
     attend_pages(q, pool, pool, lists[:, 0] if shared else lists, lengths, page_tokens=1)
     assert list(dict.fromkeys(compiled)) == [
-        *("_lay_out", "_tabulate", "_score", "_rank", "_refine", "_choose", "_find_rows", "_fetch_rows"),
-        *("_attend_split", "_merge_splits"),
+        *("_lay_out", "_tabulate", "_score", "_rank", "_refine", "_choose"),
+        *("_look_up", "_count_ages", "_give_slots", "_fetch_rows", "_attend_split", "_merge_splits"),
     ]
 
 
@@ -246,6 +247,9 @@ def test_attention_to_a_state_compiles(
         (HEADS, HEAD_DIM, "aqua:4", 252),
         (2, 64, "aqua:2", 252),
         (3, 128, "higgs:3", 256),
+        (HEADS, HEAD_DIM, "aqua:2:int8", 256),
+        (HEADS, HEAD_DIM, "aqua:4:int8", 1),
+        (2, 64, "aqua:3:int8", 252),
     ],
 )
 def test_the_fused_codec_compiles(
@@ -255,13 +259,14 @@ def test_the_fused_codec_compiles(
     compiled.spills_bytes = 600  # a step holds a tile and its residual, once per tile
     dtype, cpu = torch.bfloat16, torch.device("cpu")
     spec = KVSpec(num_layers=2, num_kv_heads=heads, head_dim=head_dim, dtype=dtype, rope="{}")
-    channels, bits = spec.channels, int(name[-1])
+    channels, bits, int8 = spec.channels, int(name.split(":")[1]), name.endswith("int8")
     predictors = None
     if name.startswith("aqua"):
         zeros, weights = torch.zeros(1, channels), torch.zeros(1, 2 * channels, channels, dtype=dtype)
-        card = PredictorCard("none", "none", 0, 0, 0.0, bits, [])
+        fits = [LayerFit(layer, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0) for layer in range(2)]
+        card = PredictorCard("none", "none", 0, 0, 0.0, bits, fits)
         predictors = Predictors(zeros[0], zeros[0], weights, zeros, weights, zeros, card)
-    codec = FusedAquaCodec(spec, bits, predictors, device=cpu, codec_dtype=dtype)
+    codec = FusedAquaCodec(spec, bits, predictors, device=cpu, codec_dtype=dtype, int8=int8)
     keys, values = torch.zeros(2, 2, tokens, channels, dtype=dtype)
     segments = codec.encode(keys, values, [tokens])
     sizes = [codec.layer_bytes(layer, tokens) for layer in range(2)]
@@ -313,17 +318,8 @@ def test_single_tokens_pages_and_splits_compile(compiled: _Compiled) -> None:
     emit(torch.zeros(1, 128), torch.ones(64), 64, (angles, angles), int32(1), pool, pool)
     higgs_encode(torch.zeros(1, 64), load_quantizer(2, torch.device("cpu")), 64)
     assert compiled == [
-        *(
-            "_attend_split",
-            "_merge_splits",
-            "_tabulate",
-            "_score",
-            "_rank",
-            "_refine",
-            "_choose",
-            "_find_rows",
-        ),
-        *("_fetch_rows", "_emit", "_encode"),
+        *("_attend_split", "_merge_splits", "_tabulate", "_score", "_rank", "_refine", "_choose"),
+        *("_look_up", "_count_ages", "_give_slots", "_fetch_rows", "_emit", "_encode"),
     ]
 
 
@@ -333,4 +329,4 @@ def test_what_benchmarks_put_in_between(compiled: _Compiled, layer: int) -> None
     lists, counters = torch.zeros(2, HEADS, 64, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
     with imposed_on_lanes(missed):
         engine_lanes.find_rows(lanes, layer, lists, counters, sinks=4)
-    assert compiled == ["_impose", "_find_rows"]
+    assert compiled == ["_impose", "_look_up", "_count_ages", "_give_slots"]
