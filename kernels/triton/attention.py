@@ -32,7 +32,7 @@ MAX_SPLITS = 64
 """More would not fit into the registers of the program that merges them."""
 
 
-_LEAST_TOKENS = tl.constexpr(256)
+_LEAST_TOKENS = tl.constexpr(128)
 """Of a split: in shorter ones, a program's start and the merge would cost more than the tokens."""
 
 

@@ -56,14 +56,12 @@ def _tabulate(
     tables: tl.tensor,
     steps: tl.tensor,
     SCALE: tl.constexpr,
-    GROUP: tl.constexpr,
-    FOURTHS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ) -> None:
-    """One query head. tables: bytes. A step is the value of one in a table."""
-    in_group, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """One query head. A step is the value of one in a table."""
+    request = tl.program_id(1)
     if number(lanes, request, TOKENS) > 0:
-        query_head = (request * tl.num_programs(1) + head) * GROUP + in_group
+        query_head = request * tl.num_programs(0) + tl.program_id(0)
         query = queries + query_head * HEAD_DIM
         point = grid + 4 * tl.arange(0, 256)[None, :]
         product = _rotated(query, signs, 0, HEAD_DIM)[:, None] * tl.load(point)
@@ -74,8 +72,7 @@ def _tabulate(
         tl.store(steps + query_head, step * SCALE)
         entry = (product / step + (MIDDLE + 0.5)).to(tl.uint8)
         place = tl.arange(0, HEAD_DIM // 4)[:, None] * 256 + tl.arange(0, 256)[None, :]
-        table = (request * tl.num_programs(1) + head) * FOURTHS + in_group // 4
-        tl.store(tables + (table * (HEAD_DIM * 64) + place) * 4 + in_group % 4, entry)
+        tl.store(tables + query_head * (HEAD_DIM * 64) + place, entry)
 
 
 @triton.jit
@@ -94,13 +91,17 @@ def _score(
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Four query heads of one KV head of one request."""
+    """Four query heads of one KV head of one request. tables: uint8, one per query head."""
     part, request = tl.program_id(0), tl.program_id(2)
     head, fourth = tl.program_id(1) // FOURTHS, tl.program_id(1) % FOURTHS
     tokens = number(lanes, request, TOKENS)
     if tokens > 0:
-        tables += (request * tl.num_programs(1) + tl.program_id(1)) * (HEAD_DIM * 64)
-        table = tl.load(tables + tl.arange(0, HEAD_DIM * 64))
+        first_head = (request * (tl.num_programs(1) // FOURTHS) + head) * GROUP + 4 * fourth
+        table = tl.zeros([HEAD_DIM * 64], dtype=tl.int32)
+        for member in tl.static_range(4):
+            entries = tables + (first_head + member) * (HEAD_DIM * 64) + tl.arange(0, HEAD_DIM * 64)
+            entry = tl.load(entries, mask=4 * fourth + member < GROUP, other=0)
+            table |= entry.to(tl.int32) << (8 * member)
         # In the order in which the four sums come out of two words.
         row = tl.arange(0, 4)
         in_group = 4 * fourth + 2 * (row % 2) + row // 2
@@ -118,8 +119,8 @@ def _score(
             token = block * BLOCK + tl.arange(0, BLOCK)
             slot = tl.load(pages + block * BLOCK // PAGE).to(tl.int64) * PAGE + token % PAGE
             code = codes + slot[:, None] * code_stride + head * (HEAD_DIM // 4) + byte[None, :]
-            entry = tl.load(code).to(tl.int32) + 256 * byte[None, :]
-            word = tl.gather(table, tl.reshape(entry, [BLOCK * (HEAD_DIM // 4)]), 0)
+            place = tl.load(code).to(tl.int32) + 256 * byte[None, :]
+            word = tl.gather(table, tl.reshape(place, [BLOCK * (HEAD_DIM // 4)]), 0)
             word = tl.reshape(word, [BLOCK, HEAD_DIM // 4])
             # Two sums of 16 bits in each: at most 64 numbers of 8 bits.
             even, odd = tl.sum(word & 0x00FF00FF, 1), tl.sum((word >> 8) & 0x00FF00FF, 1)
@@ -183,19 +184,17 @@ def score_landmarks(
     fourths = triton.cdiv(group, 4)
     parts = parts or max(1, min(MAX_PARTS, PROGRAMS // (requests * num_heads * fourths)))
     device = queries.device
-    tables = torch.empty(requests, num_heads, fourths, head_dim * 64, dtype=torch.int32, device=device)
+    tables = torch.empty(requests, num_q_heads, head_dim * 64, dtype=torch.uint8, device=device)
     steps = torch.empty(requests, num_q_heads, device=device)
     partial_lse = torch.empty(requests, num_q_heads, parts, device=device)
-    _tabulate[(group, num_heads, requests)](
+    _tabulate[(num_q_heads, requests)](
         queries.contiguous(),
         signs,
         grid,
         lanes,
-        tables.view(torch.uint8),
+        tables,
         steps,
         SCALE=1 / head_dim,  # of the scores and of the Hadamard matrix, sqrt(D) each
-        GROUP=group,
-        FOURTHS=fourths,
         HEAD_DIM=head_dim,
         num_warps=8,
     )

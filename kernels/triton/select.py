@@ -121,15 +121,26 @@ def _refine(
     lanes: tl.tensor,
     upper: tl.tensor,
     lower: tl.tensor,
+    limits: tl.tensor,
+    better: tl.tensor,
     CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """The lower bytes of those ranks of one chunk whose upper byte is the limit's."""
-    request = tl.program_id(2)
+    """The lower bytes of those ranks of one chunk whose upper byte is the limit's, and how many ranks have a
+    better one."""
+    request, own_chunk = tl.program_id(2), tl.program_id(0)
     tokens = number(lanes, request, TOKENS)
     if tokens > 0:
-        totals = tl.sum(_histograms(upper, CHUNKS), 0)
-        limit, _ = _limit(totals, number(lanes, request, WANTED))
+        each = _histograms(upper, CHUNKS)
+        limit, wanted = _limit(tl.sum(each, 0), number(lanes, request, WANTED))
+        own_set = request * tl.num_programs(1) + tl.program_id(1)
+        if own_chunk == 0:
+            tl.store(limits + own_set * 2, limit)
+            tl.store(limits + own_set * 2 + 1, wanted)
+        chunk, bins = tl.arange(0, CHUNKS)[:, None], tl.arange(0, 256)[None, :]
+        counted = tl.where((chunk == own_chunk) & (bins < limit), each, 0)
+        tl.store(better + own_set * tl.num_programs(0) + own_chunk, tl.sum(tl.sum(counted, 1), 0))
+
         keys = _own_ranks(lanes, tokens)
         counts = tl.zeros([256], dtype=tl.int32)
         start, stop = _chunk(tokens)
@@ -137,49 +148,50 @@ def _refine(
             token = at + tl.arange(0, BLOCK)
             key = tl.load(keys + token, mask=token < stop, other=0).to(tl.int32) & NEVER
             counts += tl.histogram(key & 255, 256, mask=(token < stop) & (key >> 8 == limit))
-        tl.store(_own_counts(lower, tl.program_id(0)) + tl.arange(0, 256), counts)
+        tl.store(_own_counts(lower, own_chunk) + tl.arange(0, 256), counts)
 
 
 @triton.jit
 def _choose(
     lanes: tl.tensor,
-    upper: tl.tensor,
     lower: tl.tensor,
+    limits: tl.tensor,
+    better: tl.tensor,
     CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """The chosen tokens of one chunk, behind those of the chunks before it."""
-    own_set, request = tl.program_id(1), tl.program_id(2)
+    request, own_chunk = tl.program_id(2), tl.program_id(0)
     tokens, count = number(lanes, request, TOKENS), number(lanes, request, WANTED)
     if tokens > 0:
-        bins = tl.arange(0, 256)[None, :]
-        uppers = _histograms(upper, CHUNKS)
-        lowers = _histograms(lower, CHUNKS)
-        upper_limit, wanted = _limit(tl.sum(uppers, 0), count)
-        lower_limit, ties_wanted = _limit(tl.sum(lowers, 0), wanted)
+        own_set = request * tl.num_programs(1) + tl.program_id(1)
+        upper_limit, wanted = tl.load(limits + own_set * 2), tl.load(limits + own_set * 2 + 1)
+        chunk, bins = tl.arange(0, CHUNKS), tl.arange(0, 256)[None, :]
+        each_better = tl.load(better + own_set * tl.num_programs(0) + chunk, mask=chunk < own_chunk, other=0)
+        each = _histograms(lower, CHUNKS)
+        lower_limit, ties_wanted = _limit(tl.sum(each, 0), wanted)
         limit = upper_limit * 256 + lower_limit
-        sure = tl.sum(tl.where(bins < upper_limit, uppers, 0) + tl.where(bins < lower_limit, lowers, 0), 1)
-        ties = tl.sum(tl.where(bins == lower_limit, lowers, 0), 1)
-        earlier = tl.arange(0, CHUNKS) < tl.program_id(0)
-        ties_before = tl.sum(tl.where(earlier, ties, 0), 0)
-        sure_before = tl.sum(tl.where(earlier, sure, 0), 0)
+        earlier = tl.where(chunk[:, None] < own_chunk, each, 0)
+        ties_before = tl.sum(tl.sum(tl.where(bins == lower_limit, earlier, 0), 1), 0)
+        sure_before = tl.sum(tl.sum(tl.where(bins < lower_limit, earlier, 0), 1), 0) + tl.sum(each_better, 0)
 
         keys = _own_ranks(lanes, tokens)
-        chosen = memory(lanes, request, CHOSEN, tl.int32) + own_set * count
+        chosen = memory(lanes, request, CHOSEN, tl.int32) + tl.program_id(1) * count
         start, stop = _chunk(tokens)
         for at in range(start, stop, BLOCK):
             token = at + tl.arange(0, BLOCK)
             key = tl.load(keys + token, mask=token < stop, other=-1).to(tl.int32) & NEVER
-            better = (key < limit).to(tl.int32)
+            sure = (key < limit).to(tl.int32)
             tie = ((key == limit) & (token < stop)).to(tl.int32)
-            # One running sum for both: as many ties are taken as are left, so places follow from two counts.
-            ties_here = ties_before + tl.cumsum(tie, 0)
-            sure_here = sure_before + tl.cumsum(better, 0)
-            taken = (better == 1) | ((tie == 1) & (ties_here <= ties_wanted))
-            place = sure_here + tl.minimum(ties_here, ties_wanted) - 1
+            # One running sum counts both: no turn has 65,536 tokens. As many ties are taken as are left, so
+            # places follow from the two counts.
+            counts = tl.cumsum(sure + (tie << 16), 0)
+            ties = ties_before + (counts >> 16)
+            taken = (sure == 1) | ((tie == 1) & (ties <= ties_wanted))
+            place = sure_before + (counts & 0xFFFF) + tl.minimum(ties, ties_wanted) - 1
             tl.store(chosen + place, token, mask=taken)
             ties_before += tl.sum(tie, 0)
-            sure_before += tl.sum(better, 0)
+            sure_before += tl.sum(sure, 0)
 
 
 def select_tokens(
@@ -213,6 +225,8 @@ def select_tokens(
     rows = triton.next_power_of_2(heads)
     chunks = chunks or max(1, min(MAX_CHUNKS, PROGRAMS // (requests * sets)))
     upper, lower = torch.empty(2, requests, sets, chunks, 256, dtype=torch.int32, device=lanes.device)
+    limits = torch.empty(requests, sets, 2, dtype=torch.int32, device=lanes.device)
+    better = torch.empty(requests, sets, chunks, dtype=torch.int32, device=lanes.device)
     grid = (chunks, sets, requests)
     _rank[grid](
         lanes,
@@ -226,5 +240,5 @@ def select_tokens(
         BLOCK=max(128, block_tokens * 4 // max(4, rows)),  # as many scores for any set
         num_warps=8,
     )
-    _refine[grid](lanes, upper, lower, CHUNKS=MAX_CHUNKS, BLOCK=block_tokens, num_warps=8)
-    _choose[grid](lanes, upper, lower, CHUNKS=MAX_CHUNKS, BLOCK=block_tokens, num_warps=8)
+    _refine[grid](lanes, upper, lower, limits, better, CHUNKS=MAX_CHUNKS, BLOCK=block_tokens, num_warps=4)
+    _choose[grid](lanes, lower, limits, better, CHUNKS=MAX_CHUNKS, BLOCK=2 * block_tokens, num_warps=8)

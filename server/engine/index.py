@@ -1,5 +1,8 @@
 """What selective decoding looks tokens up in: landmarks on the device, rows in host memory.
 
+Scales of rows stay on the device, too. Then what a token and head need from the host is one run of bytes, as
+long as a line of the device's cache where heads are 128 wide: what limits a fetch is the number of reads.
+
 Kept in pages of one segment under the segment's key, like the KV itself, so requests about one document
 share them and the next question finds them ready.
 """
@@ -19,10 +22,10 @@ from aquifer.server.engine.pages import PageAllocator
 class IndexPool(PageAllocator):
     """Paged landmarks and rows of all layers.
 
-    codes: uint8 [L, P*256, C/4], scales: float16 [L, P*256, C/G], both on the device
-    rows: uint8 [L, P*256, H * row bytes] in host memory: of each token the key codes of all heads, then their
-        value codes, then their scales. A device that reads them over the bus gets 32 bytes at a time, at
-        multiples of 32; codes of heads lie on these, rows with their scales in between would not.
+    codes: uint8 [L, P*256, C/4], scales: float16 [L, P*256, C/G], of landmarks; row_scales: uint8 [L, P*256,
+        H * scale bytes], of each token those of its rows, head by head; all on the device
+    rows: uint8 [L, P*256, H * row bytes] in host memory: of each token, head by head, its key's codes and its
+        value's codes
     The first four slots of a prompt's first page are the sinks'; they are never looked up, because
     sinks are always attended to.
     """
@@ -35,18 +38,27 @@ class IndexPool(PageAllocator):
         code_bytes, num_scales = codec.landmark_shapes
         self.codes = torch.empty(spec.num_layers, slots, code_bytes, dtype=torch.uint8, device=device)
         self.scales = torch.empty(spec.num_layers, slots, num_scales, dtype=torch.float16, device=device)
-        shape = (spec.num_layers, slots, spec.num_kv_heads * codec.row_bytes)
-        self.rows = torch.empty(shape, dtype=torch.uint8)
+        row_codes, row_scales = _row_parts(codec)
+        per_layer = (spec.num_layers, slots)
+        self.row_scales = torch.empty(
+            *per_layer, spec.num_kv_heads * row_scales, dtype=torch.uint8, device=device
+        )
+        self.rows = torch.empty(*per_layer, spec.num_kv_heads * row_codes, dtype=torch.uint8)
 
     @property
     def used_bytes(self) -> int:
-        """Device bytes of the landmarks in use."""
-        return self.used_pages * SEGMENT_TOKENS * self.codec.landmark_bytes
+        """Device bytes of the pages in use."""
+        return self.used_pages * SEGMENT_TOKENS * _device_bytes(self.codec)
 
     @property
     def capacity_bytes(self) -> int:
-        """Device bytes of all landmarks."""
-        return self.num_pages * SEGMENT_TOKENS * self.codec.landmark_bytes
+        """Device bytes of all pages."""
+        return self.num_pages * SEGMENT_TOKENS * _device_bytes(self.codec)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that travel when the row of one token and head is fetched."""
+        return _row_parts(self.codec)[0]
 
     def write(self, layer: int, runs: Sequence[tuple[int, int]], keys: Tensor, values: Tensor) -> None:
         """Encode one layer of some tokens into the slots of `runs`.
@@ -54,34 +66,41 @@ class IndexPool(PageAllocator):
         keys (after RoPE), values: [H, T, D], T = total length of the runs.
         """
         encoded = self.codec.encode(layer, keys.transpose(0, 1), values.transpose(0, 1))
-        rows = torch.cat([part.flatten(1) for part in encoded.rows.split(self._parts, dim=2)], dim=1)
+        codes, scales = encoded.rows.split(_row_parts(self.codec), dim=2)
+        rows, row_scales = codes.flatten(1), scales.flatten(1)
         done = 0
         for first, last in runs:
             part = slice(done, done + last - first)
             self.codes[layer, first:last] = encoded.codes[part]
             self.scales[layer, first:last] = encoded.scales[part]
+            self.row_scales[layer, first:last] = row_scales[part]
             # From a device into page-locked memory, in the order of what else runs there.
             self.rows[layer, first:last].copy_(rows[part], non_blocking=True)
             done += last - first
 
     def read(self, layer: int, slots: Tensor, heads: Tensor) -> Tensor:
-        """Rows uint8 [N, row bytes] of one layer, as the codec decodes them. slots, heads: int64 [N], on the
-        host."""
-        num_heads = self.codec.spec.num_kv_heads
-        parts = self.rows[layer].split([num_heads * size for size in self._parts], dim=1)
-        return torch.cat([part.unflatten(1, (num_heads, -1))[slots, heads] for part in parts], dim=1)
+        """Rows of one layer as the codec decodes them, uint8 [N, bytes]. slots, heads: int64 [N]; all on the
+        device."""
+        shape = (self.codec.spec.num_kv_heads, -1)
+        host = self.rows.device
+        codes = self.rows[layer].unflatten(1, shape)[slots.to(host), heads.to(host)]
+        scales = self.row_scales[layer].unflatten(1, shape)[slots, heads]
+        return torch.cat((codes.to(scales.device), scales), dim=1)
 
-    @property
-    def _parts(self) -> list[int]:
-        """Bytes of one row: of its key's codes, of its value's codes, and of both scales."""
-        codes, scales = self.codec.row_shapes
-        return [codes, codes, 2 * scales]
+
+def _row_parts(codec: TokenCodec) -> list[int]:
+    """Bytes of the codes and of the scales of one token and head, for its key and its value together."""
+    return [2 * size for size in codec.row_shapes]
+
+
+def _device_bytes(codec: TokenCodec) -> int:
+    """Of one token, all layers: its landmarks and the scales of its rows."""
+    return codec.landmark_bytes + codec.spec.num_layers * codec.spec.num_kv_heads * _row_parts(codec)[1]
 
 
 def index_pages(codec: TokenCodec, row_bytes: int, device_bytes: int) -> int:
-    """Pages of an index whose rows take at most row_bytes of host memory and whose landmarks at most
-    device_bytes of the device."""
+    """Pages of an index that takes at most row_bytes of host memory for rows and device_bytes of the device
+    for all else."""
     spec = codec.spec
-    rows_of_page = SEGMENT_TOKENS * spec.num_layers * spec.num_kv_heads * codec.row_bytes
-    landmarks_of_page = SEGMENT_TOKENS * codec.landmark_bytes
-    return min(row_bytes // rows_of_page, device_bytes // landmarks_of_page)
+    rows_of_page = SEGMENT_TOKENS * spec.num_layers * spec.num_kv_heads * _row_parts(codec)[0]
+    return min(row_bytes // rows_of_page, device_bytes // (SEGMENT_TOKENS * _device_bytes(codec)))

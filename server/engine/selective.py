@@ -135,11 +135,11 @@ class RowCache:
         heads = self._heads.repeat(len(token)) if self._shared else set_of
         if self._shared:
             slot = slot.repeat_interleave(len(self._heads))
-        where = self._tokens[token].to(self._index.rows.device)
+        where = self._tokens[token]
         if self._shared:
             where = where.repeat_interleave(len(self._heads))
-        rows = self._index.read(layer, where, heads.to(where.device))
-        keys, values = self._index.codec.decode_rows(layer, heads, rows.to(slot.device))
+        rows = self._index.read(layer, where, heads)
+        keys, values = self._index.codec.decode_rows(layer, heads, rows)
         self._pool.keys[layer][heads, slot] = keys.to(self._pool.keys.dtype)
         self._pool.values[layer][heads, slot] = values.to(self._pool.values.dtype)
 
@@ -205,7 +205,7 @@ class SelectiveCache:
         per_row = heads if self._selection.shared else 1  # (token, head) pairs in what was chosen as one
         self._metrics.selected_tokens.inc(chosen.numel() * per_row)
         self._metrics.selected_hits.inc((chosen.numel() - fetched) * per_row)
-        self._fetched_bytes.inc(fetched * per_row * self._index.codec.row_bytes)
+        self._fetched_bytes.inc(fetched * per_row * self._index.row_bytes)
 
 
 class _SelectivePass:

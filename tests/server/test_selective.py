@@ -34,9 +34,9 @@ class Case:
     def expected(self, layer: int, chosen: Tensor) -> Tensor:
         """Keys [H, K, D] as their rows say, read straight from the index."""
         per_head = chosen.expand(2, -1)
-        heads = torch.arange(2).repeat_interleave(chosen.shape[1])
-        rows = self.index.read(layer, 256 + per_head.flatten().cpu(), heads)
-        keys, _ = self.index.codec.decode_rows(layer, heads.to(DEVICE), rows.to(DEVICE))
+        heads = torch.arange(2, device=DEVICE).repeat_interleave(chosen.shape[1])
+        rows = self.index.read(layer, 256 + per_head.flatten(), heads)
+        keys, _ = self.index.codec.decode_rows(layer, heads, rows)
         return keys.view(2, -1, 16)
 
 
@@ -109,8 +109,12 @@ def test_rows_on_the_device_are_four_steps_worth_but_never_more_than_there_are()
 
 def test_an_index_is_bounded_by_host_and_by_device_memory() -> None:
     codec = TokenCodec(SPEC, None, DEVICE)
-    row_page = 256 * SPEC.num_layers * SPEC.num_kv_heads * codec.row_bytes
-    landmark_page = 256 * codec.landmark_bytes
-    assert index_pages(codec, 7 * row_page, 1 << 40) == 7
-    assert index_pages(codec, 1 << 40, 5 * landmark_page) == 5
+    rows = 256 * SPEC.num_layers * SPEC.num_kv_heads
+    host_page, device_page = rows * (8 + 8), 256 * codec.landmark_bytes + rows * (2 + 2)
+    assert index_pages(codec, 7 * host_page, 1 << 40) == 7
+    assert index_pages(codec, 1 << 40, 5 * device_page) == 5
+    index = IndexPool(codec, 3, DEVICE, keep=False)
+    on_device = (index.codes, index.scales, index.row_scales)
+    assert index.capacity_bytes == 3 * device_page == sum(tensor.nbytes for tensor in on_device)
+    assert index.rows.nbytes == 3 * host_page and index.row_bytes == 8 + 8
     assert index_pages(codec, 0, 1 << 40) == 0

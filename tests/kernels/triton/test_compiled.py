@@ -30,7 +30,7 @@ from aquifer.kernels.triton.landmarks import score_landmarks
 from aquifer.kernels.triton.lanes import NOBODY, lay_out
 from aquifer.kernels.triton.norms import add_rms_norm, rms_norm, swiglu
 from aquifer.kernels.triton.rope import rotate_and_store
-from aquifer.kernels.triton.rows import fetch_rows
+from aquifer.kernels.triton.rows import announce_rows, fetch_rows
 from aquifer.kernels.triton.select import select_tokens
 from aquifer.kernels.triton.slots import find_rows
 from aquifer.kernels.triton.state_attention import attend_state
@@ -122,17 +122,19 @@ def test_a_layer_of_selective_decoding_compiles(
     pool, signs = torch.zeros(HEADS, SLOTS, head_dim, dtype=dtype), torch.ones(head_dim)
     codes = torch.zeros(SLOTS, HEADS * head_dim // 4, dtype=torch.uint8)
     scales = torch.zeros(SLOTS, HEADS, dtype=torch.float16)
-    rows = torch.zeros(SLOTS, HEADS * (head_dim + 4), dtype=torch.uint8)
+    rows = torch.zeros(SLOTS, HEADS * head_dim, dtype=torch.uint8)
+    row_scales = torch.zeros(SLOTS, HEADS * 4, dtype=torch.uint8)
     lay_out(lanes, lists, lengths, sinks=first)
+    announce_rows(lanes, rows)
     partial_lse = score_landmarks(q, signs, codes, scales, torch.zeros(256, 4), lanes, first=first)
     select_tokens(lanes, partial_lse, sets, first=first)
     for layer in (0, 1, 16):
         missing = find_rows(lanes, layer, lists, torch.zeros(2, dtype=torch.int64), sinks=first)
     means = torch.zeros(HEADS, head_dim)
-    fetch_rows(lanes, missing, rows, torch.zeros(256, 2), signs, means, pool, pool)
+    fetch_rows(lanes, missing, rows, row_scales, torch.zeros(256, 2), signs, means, pool, pool)
     attend_pages(q, pool, pool, lists[:, 0] if shared else lists, lengths, page_tokens=1)
     assert list(dict.fromkeys(compiled)) == [
-        *("_lay_out", "_tabulate", "_score", "_rank", "_refine", "_choose"),
+        *("_lay_out", "_announce", "_tabulate", "_score", "_rank", "_refine", "_choose"),
         *("_look_up", "_count_ages", "_give_slots", "_fetch_rows", "_attend_split", "_merge_splits"),
     ]
 
@@ -256,7 +258,7 @@ def test_the_fused_codec_compiles(
     heads: int, head_dim: int, name: str, tokens: int, compiled: _Compiled
 ) -> None:
     """Everything that a codec launches, as it launches it."""
-    compiled.spills_bytes = 600  # a step holds a tile and its residual, once per tile
+    compiled.spills_bytes = 300  # a step holds a tile and its residual, once per tile
     dtype, cpu = torch.bfloat16, torch.device("cpu")
     spec = KVSpec(num_layers=2, num_kv_heads=heads, head_dim=head_dim, dtype=dtype, rope="{}")
     channels, bits, int8 = spec.channels, int(name.split(":")[1]), name.endswith("int8")
@@ -312,14 +314,16 @@ def test_single_tokens_pages_and_splits_compile(compiled: _Compiled) -> None:
     lse = score_landmarks(q, signs, codes, scales, torch.zeros(256, 4), lanes, first=1, parts=1)
     select_tokens(lanes, lse, 1, first=1)
     find_rows(lanes, 1, int32(1, 1, 1), torch.zeros(2, dtype=torch.int64), sinks=1)
-    rows, grid = torch.zeros(256, 68, dtype=torch.uint8), torch.zeros(256, 2)
-    fetch_rows(lanes, int32(1, 1), rows, grid, signs, torch.zeros(1, 64), pool, pool)
+    rows, row_scales = (torch.zeros(256, size, dtype=torch.uint8) for size in (64, 4))
+    announce_rows(lanes, rows, programs=1)
+    grid, means = torch.zeros(256, 2), torch.zeros(1, 64)
+    fetch_rows(lanes, int32(1, 1), rows, row_scales, grid, signs, means, pool, pool, programs=1)
     angles = torch.zeros(1, 64)
     emit(torch.zeros(1, 128), torch.ones(64), 64, (angles, angles), int32(1), pool, pool)
     higgs_encode(torch.zeros(1, 64), load_quantizer(2, torch.device("cpu")), 64)
     assert compiled == [
         *("_attend_split", "_merge_splits", "_tabulate", "_score", "_rank", "_refine", "_choose"),
-        *("_look_up", "_count_ages", "_give_slots", "_fetch_rows", "_emit", "_encode"),
+        *("_look_up", "_count_ages", "_give_slots", "_announce", "_fetch_rows", "_emit", "_encode"),
     ]
 
 

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from aquifer.compression.landmarks import TokenCodec
 from aquifer.compression.spec import SINK_TOKENS
 from aquifer.kernels.backend import PLAIN, backend_for
-from aquifer.kernels.triton import attention, landmarks, select
+from aquifer.kernels.triton import attention, landmarks, select, slots
 from aquifer.kernels.triton.rows import fetch_rows
 from aquifer.server.engine import lanes
 from aquifer.server.engine.graphs import GraphedStep
@@ -115,7 +115,7 @@ class Setting:
 @pytest.fixture(params=[True, False], ids=["shared", "per head"])
 def setting(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Setting:
     if device.type == "cpu":  # the interpreter takes them one by one
-        for module in (attention, landmarks, select):
+        for module in (attention, landmarks, select, slots):
             monkeypatch.setattr(module, "PROGRAMS", 4)
         monkeypatch.setattr(lanes, "fetch_rows", partial(fetch_rows, programs=8))
     return Setting(device, shared=request.param)
@@ -169,7 +169,7 @@ def test_with_few_chosen_steps_stay_close_and_are_counted(setting: Setting, laun
     assert agreed >= 3
     chosen, hits, fetched = (now - then for now, then in zip(setting.counted(), before, strict=True))
     assert 0 < hits < chosen
-    assert fetched == (chosen - hits) * setting.index.codec.row_bytes
+    assert fetched == (chosen - hits) * setting.index.row_bytes
     assert launched
 
 

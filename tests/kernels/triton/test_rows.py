@@ -1,5 +1,3 @@
-from collections import OrderedDict
-
 import pytest
 import torch
 from torch import Tensor
@@ -7,14 +5,13 @@ from torch import Tensor
 from aquifer.compression.aqua import load_quantizer
 from aquifer.compression.landmarks import TokenCodec
 from aquifer.compression.spec import KVSpec
-from aquifer.kernels.triton.lanes import NOBODY, Lane, lay_out
-from aquifer.kernels.triton.rows import fetch_rows, find_rows
+from aquifer.kernels.triton.lanes import NOBODY, Lane
+from aquifer.kernels.triton.rows import announce_rows, fetch_rows
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
 if torch.cuda.is_available():
     TOLERANCE[torch.bfloat16] = 2e-2
 UNTOUCHED = 7.0
-SINKS = 4
 
 
 def a_lane(sets: int, count: int, device: torch.device, *, slots: int = 40, pages: int = 3) -> Lane:
@@ -33,76 +30,6 @@ def a_lane(sets: int, count: int, device: torch.device, *, slots: int = 40, page
     )
 
 
-class Books:
-    """What find_rows keeps, in plain Python: one set of one layer."""
-
-    def __init__(self, slots: int) -> None:
-        self.slot_of: dict[int, int] = {}
-        self.used = OrderedDict.fromkeys(range(slots), -1)
-
-    def find(self, chosen: list[int], step: int) -> tuple[list[int], list[int]]:
-        """Slots of the chosen tokens, and those that are missing."""
-        missing = [token for token in chosen if token not in self.slot_of]
-        for token in chosen:
-            if token in self.slot_of:
-                self.used[self.slot_of[token]] = step
-        age = {slot: min(step - used, 255) for slot, used in self.used.items()}
-        oldest = sorted(age, key=lambda slot: (-age[slot], slot))[: len(missing)]
-        token_in = {slot: token for token, slot in self.slot_of.items()}
-        for token, slot in zip(missing, sorted(oldest), strict=True):
-            self.slot_of.pop(token_in.get(slot, -1), None)
-            self.slot_of[token] = slot
-            self.used[slot] = step
-        return [self.slot_of[token] for token in chosen], missing
-
-
-@pytest.mark.parametrize(("sets", "block"), [(1, 2048), (2, 16)])
-def test_random_steps_keep_the_books_that_plain_code_keeps(
-    sets: int, block: int, device: torch.device, launched: list[str]
-) -> None:
-    lane, other = a_lane(sets, 12, device, slots=48), a_lane(sets, 5, device, slots=7)
-    books = {(one, own): Books(one.slots) for one in (lane, other) for own in range(sets)}
-    lists = torch.zeros(3, sets, 64, dtype=torch.int32, device=device)
-    counters = torch.zeros(2, dtype=torch.int64, device=device)
-    generator = torch.Generator().manual_seed(sets)
-    fetched = 0
-    # Steps far apart make slots so old that their ages are no longer told apart.
-    steps = [*range(1, 9), *range(300, 309), *range(700, 703)]
-    for step in steps:
-        for one in (lane, other):
-            # A few tokens more than there are slots, so that some stay and some go.
-            picks = [torch.randperm(60, generator=generator)[: one.wanted].sort().values for _ in range(sets)]
-            one.chosen.copy_(SINKS + torch.stack(picks))
-        table = torch.tensor([lane.row(step, 3), NOBODY, other.row(step, 3)], device=device)
-        num_missing = find_rows(table, 1, lists, counters, sinks=SINKS, block=block)
-        for number, one in ((0, lane), (2, other)):
-            for own in range(sets):
-                slots, missing = books[one, own].find(one.chosen[own].tolist(), step)
-                assert num_missing[number, own] == len(missing)
-                assert one.missing[own, : len(missing)].tolist() == missing
-                pooled = [3 * 256 + SINKS + slot for slot in slots]
-                assert lists[number, own, SINKS + 3 :][: len(slots)].tolist() == pooled
-                targets = [3 * 256 + SINKS + books[one, own].slot_of[token] for token in missing]
-                assert one.targets[own, : len(missing)].tolist() == targets
-                fetched += len(missing)
-    assert num_missing[1].tolist() == [0] * sets
-    assert (lane.slot_of[0] == -1).all()  # the other layer has books of its own
-    assert counters.tolist() == [len(steps) * sets * (12 + 5), fetched]
-    assert set(launched) == {"_find_rows"}
-
-
-def test_a_list_begins_with_sinks_and_tail(device: torch.device, launched: list[str]) -> None:
-    lane = a_lane(2, 6, device)
-    lists = torch.full((2, 2, 300), -1, dtype=torch.int32, device=device)
-    lengths = torch.full((2,), -1, dtype=torch.int32, device=device)
-    lay_out(torch.tensor([NOBODY, lane.row(1, 258)], device=device), lists, lengths, sinks=SINKS)
-    expected = [*range(768, 772), *range(5 * 256, 6 * 256), 256, 257]
-    assert lists[1, :, : len(expected)].tolist() == [expected, expected]
-    assert (lists[0] == -1).all() and (lists[1, :, len(expected) :] == -1).all()
-    assert lengths.tolist() == [0, 4 + 258 + 6]
-    assert launched == ["_lay_out"]
-
-
 class Layer:
     """One layer of 768 encoded tokens, and a pool of 300 slots."""
 
@@ -113,8 +40,8 @@ class Layer:
         keys, values = (torch.randn(768, heads, head_dim, generator=generator).to(device) for _ in "kv")
         encoded = self.codec.encode(1, keys + means[1].view(heads, head_dim).to(device), values)
         self.rows = encoded.rows.cpu()
-        parts = self.rows.split([head_dim // 2, head_dim // 2, 4], dim=2)
-        self.packed = torch.cat([part.flatten(1) for part in parts], dim=1)
+        codes, scales = self.rows.split([head_dim, 4], dim=2)
+        self.packed, self.scales = codes.flatten(1).contiguous(), scales.flatten(1).contiguous().to(device)
         if device.type == "cuda":
             self.packed = self.packed.pin_memory()
         self.keys, self.values = (
@@ -124,7 +51,8 @@ class Layer:
     def fetch(self, lanes: Tensor, num_missing: Tensor, **sizes: int) -> None:
         grid, signs = load_quantizer(4, self.keys.device).grid, self.codec.signs
         means = self.codec.means[1]
-        fetch_rows(lanes, num_missing, self.packed, grid, signs, means, self.keys, self.values, **sizes)
+        rows = self.packed, self.scales
+        fetch_rows(lanes, num_missing, *rows, grid, signs, means, self.keys, self.values, **sizes)
 
     def expected(self, wanted: list[tuple[Lane, list[int]]]) -> tuple[Tensor, Tensor]:
         """The pool after the plain code fetched the first so many rows of every set."""
@@ -194,6 +122,21 @@ def test_few_programs_fetch_all_rows(
         torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-5)
 
 
+def test_announcing_rows_changes_nothing(device: torch.device, launched: list[str]) -> None:
+    layer, lane = Layer(2, 64, torch.float32, device), a_lane(1, 100, device)
+    launched.clear()
+    before = layer.packed.clone()
+    lanes = torch.tensor([lane.row(1, 1), NOBODY], device=device)
+    announce_rows(lanes, layer.packed, programs=2)
+    assert launched == ["_announce"]
+    wanted(lane, range(200, 300), 3)
+    num_missing = torch.tensor([[100], [0]], dtype=torch.int32, device=device)
+    layer.fetch(lanes, num_missing)
+    assert torch.equal(layer.packed, before)
+    for found, plain in zip((layer.keys, layer.values), layer.expected([(lane, [100])]), strict=True):
+        torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-5)
+
+
 def test_arguments_that_do_not_fit_are_refused(device: torch.device) -> None:
     layer, lane = Layer(3, 64, torch.float32, device), a_lane(1, 5, device)
     lanes = torch.tensor([lane.row(1, 1)], device=device)
@@ -202,10 +145,11 @@ def test_arguments_that_do_not_fit_are_refused(device: torch.device) -> None:
         layer.fetch(lanes, none.expand(1, 2).contiguous())
     with pytest.raises(ValueError, match="lanes is"):
         layer.fetch(lanes[:, 1:], none)
-    with pytest.raises(ValueError, match="counters is"):
-        find_rows(lanes, 0, none[None], torch.zeros(3, dtype=torch.int64, device=device), sinks=SINKS)
     layer.values = layer.values.transpose(0, 1).contiguous().transpose(0, 1)
     with pytest.raises(ValueError, match="values has strides"):
+        layer.fetch(lanes, none)
+    layer.scales = layer.scales[1:]
+    with pytest.raises(ValueError, match="scales is"):
         layer.fetch(lanes, none)
     layer.packed = layer.packed[:, 1:]
     with pytest.raises(ValueError, match="rows is"):
