@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import astuple, dataclass, field
 from functools import cache, partial
 from queue import SimpleQueue
 from time import perf_counter
 
 import torch
 
+from aquifer.benchmarks.acceptance import imposed_acceptance
 from aquifer.benchmarks.engines import FIRST_ID, Needs, engine_for, plant, random_prompt, request, timed_read
 from aquifer.benchmarks.geometries import Subject
 from aquifer.benchmarks.harness import Contestant, LeftOutError, Report, Row, Run
@@ -38,7 +39,8 @@ _ROWS_NAMES: dict[RowsKind, str] = {
 _TOGETHER_SECONDS = 0.0005
 """No step is as short as this."""
 
-_RANDOM_KV = "contexts are random KV: row hits and accepted drafts are not those of a text"
+_SELECTING: frozenset[KVMode] = frozenset({"selective", "verified"})
+"""Modes that choose rows."""
 
 _DECODING_PEERS: tuple[PeerName, ...] = ("hf-dynamic", "hf-offloaded", "hf-quanto", "hf-static-graph")
 
@@ -69,15 +71,17 @@ def bench_prefill(subject: Subject, tokens: int, repeat: int, peers: Sequence[st
 @dataclass(frozen=True)
 class Decoding:
     """How contexts are decoded. budget: share of the context that selective attention reads; None: the
-    server's default. rows: in mode selective, which of the chosen rows are on the device already."""
+    server's default. rows: where it does, which of the chosen rows are on the device already. accept: share
+    of the drafts that checks of mode verified accept; None: the model's own."""
 
     modes: Sequence[KVMode]
     budget: float | None = None
     rows: Sequence[RowsKind] = ("own",)
+    accept: float | None = None
 
     @property
     def selects(self) -> bool:
-        return bool({"selective", "verified"} & set(self.modes))
+        return bool(_SELECTING & set(self.modes))
 
     @property
     def cases(self) -> list[tuple[str, KVMode, RowsKind]]:
@@ -85,14 +89,29 @@ class Decoding:
         return [
             (mode + _ROWS_NAMES[kind], mode, kind)
             for mode in self.modes
-            for kind in (self.rows if mode == "selective" else ("own",))
+            for kind in (self.rows if mode in _SELECTING else ("own",))
         ]
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know of the figures."""
+        notes = ["contexts are random KV: row hits and accepted drafts are not those of a text"]
+        if self.accept is not None:
+            notes.append(f"checks accept {self.accept:.0%} of the drafts, whatever the model says")
+        return notes
 
     @contextmanager
     def imposed(self, subject: Subject, tokens: int) -> Iterator[Rows | None]:
-        """What makes engines choose rows other than the model's own, where any are asked for.
+        """Within it, engines accept the share of drafts that is asked for. What makes them choose rows other
+        than the model's own, where any are asked for.
 
         Raises ValueError if that cannot be done."""
+        accepted = nullcontext() if self.accept is None else imposed_acceptance(self.accept)
+        with accepted, self._imposed_rows(subject, tokens) as rows:
+            yield rows
+
+    @contextmanager
+    def _imposed_rows(self, subject: Subject, tokens: int) -> Iterator[Rows | None]:
         if set(self.rows) == {"own"}:
             yield None
             return
@@ -113,7 +132,7 @@ def bench_decode(
     """
     check_whole(needs.tokens)
     report = new_report("decode", subject, **_described(needs, decoding), repeat=repeat)
-    report.notes.append(_RANDOM_KV)
+    report.notes += decoding.notes
     limits, metrics = measure_limits(subject), Metrics()
     on_cuda = subject.device.type == "cuda"
     before = torch.cuda.memory_allocated() if on_cuda else 0
@@ -153,7 +172,7 @@ def bench_throughput(
     """
     check_whole(needs.tokens)
     report = new_report("throughput", subject, **_described(needs, decoding), repeat=repeat)
-    report.notes.append(_RANDOM_KV)
+    report.notes += decoding.notes
     metrics = Metrics()
     with decoding.imposed(subject, needs.tokens) as imposed, engine_for(subject, needs, metrics) as engine:
         prompts = _plant_all(engine, subject, needs)
@@ -179,6 +198,7 @@ def _described(needs: Needs, decoding: Decoding) -> dict[str, str | int | float 
         "contexts": needs.contexts,
         "new_tokens": needs.new_tokens,
         "budget": decoding.budget,
+        "accept": decoding.accept,
     }
 
 
@@ -268,7 +288,10 @@ class _Answers:
         if self._selected:
             figures["row_hit_percent"] = 100 * self._hits / self._selected
         if self._drafts.drafted:
-            figures["accepted_percent"] = 100 * self._drafts.accepted / self._drafts.drafted
+            drafts = self._drafts
+            figures |= {"drafted": drafts.drafted, "accepted": drafts.accepted, "checks": drafts.checks}
+            figures["accepted_percent"] = 100 * drafts.accepted / drafts.drafted
+            figures["tokens_per_check"] = 1 + drafts.accepted / drafts.checks
         return figures
 
     def _ask(self) -> list[list[float]]:
@@ -308,7 +331,8 @@ class _Answers:
                 if event.kv.mode != self._mode:
                     raise LeftOutError(f"the engine answered in mode {event.kv.mode} instead")
                 if event.drafts:
-                    self._drafts = self._drafts.plus(event.drafts.drafted, event.drafts.accepted)
+                    old, new = astuple(self._drafts), astuple(event.drafts)
+                    self._drafts = DraftCounts(*(a + b for a, b in zip(old, new, strict=True)))
                 return times
 
     def _row_counts(self) -> tuple[float, float]:

@@ -51,8 +51,14 @@ Rows = Annotated[
     list[str],
     typer.Option(
         "--rows",
-        help="chosen rows in mode selective: own (of random KV), misses (none is on the device) or trace (as "
-        "many are as recorded from the bundled model); may be repeated",
+        help="chosen rows, in modes selective and verified: own (of random KV), misses (none is on the "
+        "device) or trace (as many are as recorded from the bundled model); may be repeated",
+    ),
+]
+Accept = Annotated[
+    Optional[float],
+    typer.Option(
+        min=0, max=1, help="share of the drafts that mode verified accepts; default: the model's own"
     ),
 ]
 DeviceBytes = Annotated[
@@ -132,6 +138,7 @@ def decode(
     mode: Modes = ["resident"],  # noqa: B006
     budget: Budget = None,
     rows: Rows = ["own"],  # noqa: B006
+    accept: Accept = None,
     gpu_kv_bytes: DeviceBytes = None,
     repeat: Repeat = 5,
     device: Device = "auto",
@@ -144,7 +151,7 @@ def decode(
     from aquifer.benchmarks.generation import Decoding, bench_decode
 
     subject = _subject(geometry, layers, device, weights)
-    decoding = Decoding(_modes(mode), budget, _rows(rows))
+    decoding = Decoding(_modes(mode), budget, _rows(rows), accept)
     needs = Needs(codec, tokens, batch, new_tokens, device_bytes=gpu_kv_bytes, indexed=decoding.selects)
     _run(lambda: bench_decode(subject, needs, decoding, repeat, peer), json_file)
 
@@ -162,6 +169,7 @@ def throughput(
     mode: Modes = ["resident"],  # noqa: B006
     budget: Budget = None,
     rows: Rows = ["own"],  # noqa: B006
+    accept: Accept = None,
     gpu_kv_bytes: DeviceBytes = None,
     repeat: Repeat = 3,
     device: Device = "auto",
@@ -179,7 +187,7 @@ def throughput(
     if counts[0] < 1:
         fail("--contexts begins with at least 1")
     subject = _subject(geometry, layers, device, weights)
-    decoding = Decoding(_modes(mode), budget, _rows(rows))
+    decoding = Decoding(_modes(mode), budget, _rows(rows), accept)
     needs = Needs(codec, tokens, counts[-1], new_tokens, device_bytes=gpu_kv_bytes, indexed=decoding.selects)
     _run(lambda: bench_throughput(subject, needs, decoding, repeat, counts), json_file)
 

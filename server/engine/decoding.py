@@ -7,7 +7,7 @@ pass computes their KV anew, in the same slots, so a draft leaves nothing behind
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -97,8 +97,7 @@ class Verified:
             choices = self._sampler.accept(self._tokens, self._proposals, result)
         else:
             exact = _each(result)
-            wrong = [place for place, token in enumerate(self._tokens) if exact[place].token_id != token]
-            choices = exact[: wrong[0] + 1] if wrong else exact
+            choices = exact[: agreement(self._tokens, exact) + 1]
         drafted, accepted = len(self._tokens), len(choices) - 1
         self._length.saw(accepted, drafted)
         self.drafts = self.drafts.plus(drafted, accepted)
@@ -115,32 +114,45 @@ class Verified:
             self._tokens += [choice.token_id for choice in _each(result)]
 
 
+def agreement(drafted: Sequence[int], exact: Sequence[Choice]) -> int:
+    """How many of the first drafted tokens are what exact decoding says in their place."""
+    wrong = (place for place, token in enumerate(drafted) if exact[place].token_id != token)
+    return next(wrong, len(drafted))
+
+
 def _each(result: Choice | list[Choice]) -> list[Choice]:
     return [result] if isinstance(result, Choice) else result
 
 
 class DraftLength:
-    """How many tokens to draft: as many as leave the last one an even chance of being accepted.
+    """How many tokens to draft: as many as give the most tokens in a given time, by the acceptance so far.
 
-    If a check costs five drafts and 90 % are accepted, six is the best number; four or ten would give 4 %
-    fewer tokens in the same time.
+    More than MAX_DRAFTS would give 1 % more tokens where 98 % of drafts agree with the check, 6 % at 99 %.
     """
+
+    _CHECK_COST = 7.0
+    """Of a check, in drafts: from 4, behind 8,192 tokens on a CPU, to 9, behind 131,072 on a GPU. Where it is
+    half or twice as much, tokens take at most 5 % longer than at the best number."""
 
     _MEMORY = 0.8
     """Weight of a check against the one after it."""
 
     def __init__(self) -> None:
         self._accepted, self._tried = 9.0, 10.0
-
-    @property
-    def best(self) -> int:
-        rate = self._accepted / self._tried
-        if rate >= 1.0:
-            return MAX_DRAFTS
-        return max(1, min(MAX_DRAFTS, int(math.log(0.5) / math.log(max(rate, 1e-6)))))
+        self.best = self._best()
 
     def saw(self, accepted: int, drafted: int) -> None:
         """Learn from one check. What comes after the first rejected draft says nothing."""
         tried = accepted + (accepted < drafted)
         self._accepted = self._MEMORY * self._accepted + accepted
         self._tried = self._MEMORY * self._tried + tried
+        self.best = self._best()
+
+    def _best(self) -> int:
+        rate = self._accepted / self._tried
+
+        def tokens_in_time(count: int) -> float:
+            # The check gives one token, and one for every draft if all drafts before it were right, too.
+            return sum(rate**place for place in range(count + 1)) / (count + self._CHECK_COST)
+
+        return max(range(1, MAX_DRAFTS + 1), key=tokens_in_time)

@@ -32,6 +32,19 @@ def test_every_mode_of_decoding_can_be_measured(bench: Callable[..., Any]) -> No
     assert all(outcome.rows[mode]["device_kv_bytes"] > 0 for mode in modes)
 
 
+def test_an_imposed_share_of_the_drafts_is_accepted(bench_once: Callable[..., Any]) -> None:
+    outcome = bench_once(
+        "decode",
+        *("--repeat", "1", "--tokens", "1024", "--new-tokens", "60", "--budget", "0.1", "--mode", "verified"),
+        *("--accept", "1", "--rows", "misses"),
+    )
+    figures = outcome.rows["verified, no row found"]
+    assert figures["row_hit_percent"] == 0
+    assert figures["accepted_percent"] == 100 and figures["accepted"] == figures["drafted"]
+    assert figures["tokens_per_check"] == pytest.approx(1 + figures["drafted"] / figures["checks"])
+    assert "accept 100% of the drafts" in outcome.output and outcome.line["setup"]["accept"] == 1
+
+
 def test_decode_reports_modes_and_names_peers_that_cannot_run(bench: Callable[..., Any]) -> None:
     peers = ("hf-dynamic", "hf-offloaded", "hf-static-graph", "raw-copy")
     flags = [flag for peer in peers for flag in ("--peer", peer)]
