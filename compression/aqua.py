@@ -181,7 +181,10 @@ def layer_coders(
     roundings: dict[Half, Rounding] = {}  # of the state, as the walk over the layers finds it
     for layer in range(spec.num_layers):
         maps = predictors.of_layer(layer) if predictors else ((None, zero), (None, zero))
-        quantizer = load_quantizer(FIRST_LAYER_BITS if layer == 0 else bits, device, in_steps=int8)
+        # Of the first layer a fine grid is wanted more than a fast step, because all others start from it.
+        quantizer = load_quantizer(
+            FIRST_LAYER_BITS if layer == 0 else bits, device, in_steps=int8 and layer > 0
+        )
         pair = []
         for half, (weight, bias) in zip(Half, maps, strict=True):
             prediction: Prediction

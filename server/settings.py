@@ -57,7 +57,7 @@ class Settings(BaseSettings):
     codec: CodecName = Field(
         "auto",
         description="auto: aqua:2 where matching predictors are found, else higgs:4; :int8 predicts in "
-        "integers, with which a GPU restores and streams faster and errors rise by 1 to 3 %",
+        "integers, with which a GPU restores and streams faster and errors rise by 1 to 2 %",
     )
     predictors: Path | None = Field(
         None, description="folder written by `aquifer calibrate`; default: beside the model"

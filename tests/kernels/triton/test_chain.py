@@ -165,7 +165,7 @@ def test_a_step_in_integers_makes_the_encoders_state_and_its_copy(
 
 def test_layers_without_predictions_are_copied_to_int8(device: torch.device, launched: list[str]) -> None:
     tokens, channels = 9, 256
-    quantizer = load_quantizer(4, device, in_steps=True)
+    quantizer = load_quantizer(4, device)
     offsets, data = laid_out(tokens, channels, channels, quantizer)
     bias = normal(2, channels, device=device)
     damaged = torch.zeros(tokens, dtype=torch.int32, device=device)
