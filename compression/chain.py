@@ -98,6 +98,11 @@ class ChainDecoder(Protocol):
         """All device memory that the steps share."""
         ...
 
+    @property
+    def tables(self) -> Sequence[Tensor]:
+        """Those of the buffers that other decoders read as well."""
+        ...
+
     def advance(self, layer: int, half: Half, data: Tensor) -> None:
         """data: uint8, the layer's slices of all segments end to end."""
         ...

@@ -220,6 +220,10 @@ class FusedDecoder:
     def buffers(self) -> Sequence[Tensor]:
         return *self._state.memory, *self._offsets
 
+    @property
+    def tables(self) -> Sequence[Tensor]:
+        return self._offsets
+
     def advance(self, layer: int, half: Half, data: Tensor) -> None:
         codec, state, offsets = self._codec, self._state, self._offsets[min(layer, 1)]
         coder, group = codec.coders[layer][half], codec.rotation.group

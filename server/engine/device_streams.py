@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from copy import copy
 from functools import cache, cached_property
 
 import torch
@@ -106,6 +107,16 @@ class HostSlices:
         self._addresses = addresses.to(device)
         self._places, self._sizes = places.int().to(device), sizes.int().to(device)
 
+    def without_records(self) -> HostSlices:
+        """A copy for a recording, which is told the addresses before every replay."""
+        other = copy(self)
+        other._bodies, other._addresses = [], self._addresses.clone()
+        return other
+
+    def follow(self, other: HostSlices) -> None:
+        """Copy from where `other` copies: as many records of the same sizes."""
+        self._addresses.copy_(other._addresses)
+
     @property
     def tables(self) -> Sequence[Tensor]:
         """Device memory that a copy reads."""
@@ -126,9 +137,9 @@ class HostSlices:
 class Landing:
     """Buffers through which the layers of some records arrive: one is read, one is full, one fills."""
 
-    def __init__(self, slices: HostSlices, copies: Queue, device: torch.device) -> None:
+    def __init__(self, slices: HostSlices, copies: Queue) -> None:
         self._slices, self._copies = slices, copies
-        largest = max(slices.layer_bytes)
+        largest, device = max(slices.layer_bytes), slices.tables[0].device
         self._memory = torch.empty(LANDINGS, largest, dtype=torch.uint8, device=device)
         copies.hold(self._memory, *slices.tables)
 
@@ -154,7 +165,7 @@ class LandedLayers:
         """sizes: of the slices of each layer."""
         device = slices.tables[0].device
         self._decoder, self._sizes, self._queues = decoder, sizes, queues_of(device)
-        self._landing = Landing(slices, self._queues.copies, device)
+        self._landing = Landing(slices, self._queues.copies)
         self._layer = 0
         self._queues.copies.after(self._queues.callers())  # the buffers may have had other users
         self._fetch(0, None)
@@ -190,8 +201,9 @@ class ChainedSegments:
         rope: gives cos and sin [T, D], of the sinks first; asked for while bytes are on their way.
         sinks: [L, 2, S, C] before RoPE, in host memory."""
         assert codec.chain is not None
-        self._codec, self._spec, self._counts, self._device = codec.chain, spec, counts, device
-        self._slices = HostSlices(codec, bodies, counts, device)
+        self._codec, self._spec, self._device = codec.chain, spec, device
+        self.counts = tuple(counts)
+        self.slices = HostSlices(codec, bodies, counts, device)
         self._rope_of_all, self._sinks = rope, sinks
         self.first = 0 if sinks is None else sinks.shape[2]
         """Row of the first token that is no sink."""
@@ -212,18 +224,30 @@ class ChainedSegments:
     @property
     def num_tokens(self) -> int:
         """Sinks included."""
-        return self.first + sum(self._counts)
+        return self.first + sum(self.counts)
 
     @property
     def staging_bytes(self) -> int:
-        tokens, spec = sum(self._counts), self._spec
+        tokens, spec = sum(self.counts), self._spec
         layer = 2 * self.num_tokens * spec.channels * spec.dtype.itemsize
-        return self._codec.chain_bytes(tokens) + LANDINGS * max(self._slices.layer_bytes) + layer
+        return self._codec.chain_bytes(tokens) + LANDINGS * max(self.slices.layer_bytes) + layer
 
     def open(self, spans: Sequence[tuple[int, int]]) -> ChainStream:
         """spans: of the sinks and segments, in order."""
-        decoder = self._codec.chain_decoder(self._counts, self._device)
-        return ChainStream(self, spans, _Chain(self._spec.num_layers, self._slices, decoder, self._device))
+        chain = Chain(self._spec.num_layers, self.slices, self.decoder(), queues_of(self._device))
+        return ChainStream(self, spans, chain)
+
+    def decoder(self) -> ChainDecoder:
+        return self._codec.chain_decoder(self.counts, self._device)
+
+    def place_sinks(self, pool: PagePool, runs: Sequence[tuple[int, int]]) -> Tensor:
+        """Write the sinks into the first slots of `runs`. Returns the slots of the other tokens, int64."""
+        device = pool.keys.device
+        slots = torch.cat([torch.arange(start, stop, device=device) for start, stop in runs])
+        if self.sinks is not None:
+            pool.keys.index_copy_(2, slots[: self.first], self.sinks[:, 0])
+            pool.values.index_copy_(2, slots[: self.first], self.sinks[:, 1])
+        return slots[self.first :].contiguous()
 
     def new_layer(self) -> Tensor:
         """Room for keys and values of a layer, [2, H, T, D]."""
@@ -235,7 +259,7 @@ class ChainedSegments:
 class ChainStream:
     """See SegmentStream."""
 
-    def __init__(self, segments: ChainedSegments, spans: Sequence[tuple[int, int]], chain: _Chain) -> None:
+    def __init__(self, segments: ChainedSegments, spans: Sequence[tuple[int, int]], chain: Chain) -> None:
         self.spans = spans
         self._segments, self._chain = segments, chain
         self._staged: tuple[Tensor, Tensor] | None = None
@@ -265,26 +289,15 @@ class ChainStream:
         return parts
 
     def restore(self, pool: PagePool, runs: Sequence[tuple[int, int]]) -> None:
-        first, sinks, rope = self._segments.first, self._segments.sinks, self._segments.rope
-        device = pool.keys.device
-        slots = torch.cat([torch.arange(start, stop, device=device) for start, stop in runs])
-        if sinks is not None:
-            pool.keys.index_copy_(2, slots[:first], sinks[:, 0])
-            pool.values.index_copy_(2, slots[:first], sinks[:, 1])
-        own = slots[first:].contiguous()
-        for layer, (keys, values) in enumerate(zip(pool.keys, pool.values, strict=True)):
-            self._chain.emit_next(rope, own, keys, values, after_caller=layer == 0)
+        self._chain.emit_all(self._segments.rope, self._segments.place_sinks(pool, runs), pool)
 
 
-class _Chain:
+class Chain:
     """The steps of a decoder on their queues."""
 
-    def __init__(
-        self, num_layers: int, slices: HostSlices, decoder: ChainDecoder, device: torch.device
-    ) -> None:
-        self._num_layers, self._decoder = num_layers, decoder
-        self._queues = queues = queues_of(device)
-        self._landing = Landing(slices, queues.copies, device)
+    def __init__(self, num_layers: int, slices: HostSlices, decoder: ChainDecoder, queues: Queues) -> None:
+        self._num_layers, self._decoder, self._queues = num_layers, decoder, queues
+        self._landing = Landing(slices, queues.copies)
         started = queues.callers()
         for queue in (queues.copies, queues.chain, queues.emits):
             queue.hold(self._landing.memory, *decoder.buffers)
@@ -296,6 +309,11 @@ class _Chain:
         self._feed(0)
         self._advance(0)
         self._feed(1)
+
+    def emit_all(self, rope: tuple[Tensor, Tensor], slots: Tensor, pool: PagePool) -> None:
+        """Write all layers into pages. rope: cos and sin [T, D]; slots: int64 [T]."""
+        for layer, (keys, values) in enumerate(zip(pool.keys, pool.values, strict=True)):
+            self.emit_next(rope, slots, keys, values, after_caller=layer == 0)
 
     def emit_next(
         self,

@@ -8,7 +8,7 @@ steps fill the graph's inputs and replay it: one launch in place of hundreds.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import structlog
@@ -175,13 +175,8 @@ class GraphedStep:
         with torch.cuda.stream(side):
             self._compute(bucket)
         current.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with _one_recording:
-            before = _num_bytes(memory)
-            # Waits for the device first. Other threads may go on using it while this one records.
-            with torch.cuda.graph(graph, pool=memory, stream=side, capture_error_mode="thread_local"):
-                self._compute(bucket)
-            self._graph_bytes += _num_bytes(memory) - before
+        graph, num_bytes = record_graph(lambda: self._compute(bucket), memory, side)
+        self._graph_bytes += num_bytes
         return graph
 
     def _read(self, rows: Sequence[Rows]) -> list[StepResult]:
@@ -197,6 +192,23 @@ class GraphedStep:
             logits = [self._logits[number : number + 1] for number in others]
             results |= zip(others, settle(logits, [rows[number].pick for number in others]), strict=True)
         return [results[number] for number in range(len(rows))]
+
+
+def record_graph(
+    launch: Callable[[], None], memory: GraphMemory, side: torch.cuda.Stream
+) -> tuple[torch.cuda.CUDAGraph, int]:
+    """Record what `launch` starts, on `side` and on streams that follow it. All of it ran once before.
+
+    Returns the graph, and by how many bytes it made the memory grow. Raises RuntimeError if the device has no
+    room, or if something was started that cannot be recorded.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with _one_recording:
+        before = _num_bytes(memory)
+        # Waits for the device first. Other threads may go on using it while this one records.
+        with torch.cuda.graph(graph, pool=memory, stream=side, capture_error_mode="thread_local"):
+            launch()
+        return graph, _num_bytes(memory) - before
 
 
 def _num_bytes(memory: GraphMemory) -> int:

@@ -87,8 +87,8 @@ class StepLoop:
 
     @property
     def staging_bytes(self) -> int:
-        """Device bytes of what the last pass reconstructed and did not keep, and of recorded steps."""
-        return self._runner.staging_bytes
+        """Device bytes of what the last pass reconstructed and did not keep, and of what is recorded."""
+        return self._runner.staging_bytes + self._prompts.device_bytes
 
     @property
     def write_backlog(self) -> int:

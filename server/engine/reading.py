@@ -75,6 +75,11 @@ class PromptReader:
         self._computing: torch.cuda.Event | None = None
         """When the chunk that was queued last is computed, on a device."""
 
+    @property
+    def device_bytes(self) -> int:
+        """What it keeps of the device beside pages."""
+        return self._restorer.device_bytes
+
     def advance(self, state: RequestState) -> None:
         """Take one step, if there is one to take."""
         if state.restores:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,6 +12,9 @@ from aquifer.compression.spec import SEGMENT_TOKENS
 from aquifer.server.engine.fetch import StoredSegment
 from aquifer.server.engine.pages import BlockTable, PagePool
 from aquifer.server.engine.streams import SegmentReader
+
+if TYPE_CHECKING:
+    from aquifer.server.engine.recorded_restore import RecordedRestores
 
 GROUP_SEGMENTS = 32
 """Segments decoded in one pass; running answers wait for one group."""
@@ -25,6 +29,16 @@ class Restorer:
     def __init__(self, reader: SegmentReader, pool: PagePool) -> None:
         self._reader = reader
         self._pool = pool
+        self._recorded: RecordedRestores | None = None
+        if pool.keys.is_cuda and reader.codec.chain is not None:
+            from aquifer.server.engine.recorded_restore import RecordedRestores
+
+            self._recorded = RecordedRestores(pool, self.group_segments)
+
+    @property
+    def device_bytes(self) -> int:
+        """What it keeps of the device between restores."""
+        return self._recorded.device_bytes if self._recorded else 0
 
     @property
     def group_segments(self) -> int:
@@ -34,8 +48,11 @@ class Restorer:
     def restore(self, segments: Sequence[StoredSegment], table: BlockTable) -> None:
         """Write the KV of these segments, in ascending order, into the table's pages."""
         started = time.perf_counter()
-        stream = self._reader.source(segments).open()
-        stream.restore(self._pool, table.runs(stream.spans))
+        source = self._reader.source(segments)
+        runs = table.runs(source.spans)
+        chained, recorded = source.chained, self._recorded
+        if chained is None or recorded is None or not recorded.restore(chained, runs):
+            source.open().restore(self._pool, runs)
         device = self._reader.adapter.device
         if device.type == "cuda":
             # The leases may end after this, and the time below is that of the arithmetic, not of its launch.

@@ -84,7 +84,8 @@ class SegmentSource:
         self.num_tokens = sum(count for _, count in self.spans)
         self.num_bytes = sum(record.body.nbytes for _, records, _ in parts for record in records)
         """Bytes of the records, all layers."""
-        self._chained: ChainedSegments | None = None
+        self.chained: ChainedSegments | None = None
+        """The same for kernels, where the codec has some."""
         self._parts: list[_Records] = []
         if not sinks_only and reader.codec.chain is not None:
             from aquifer.server.engine.device_streams import ChainedSegments
@@ -94,7 +95,7 @@ class SegmentSource:
                 sinks = reader.raw.rows(_as_tensor(parts[0][1][0].body))
             _, records, counts = parts[-1]
             bodies = [_as_tensor(record.body) for record in records]
-            self._chained = ChainedSegments(
+            self.chained = ChainedSegments(
                 reader.codec, bodies, counts, self.spec, lambda: self.rope, sinks, self._device
             )
         else:
@@ -109,14 +110,14 @@ class SegmentSource:
     @property
     def staging_bytes(self) -> int:
         """About what a layer in work takes on the device: chain state, keys, values, bytes on the way."""
-        if self._chained is not None:
-            return self._chained.staging_bytes
+        if self.chained is not None:
+            return self.chained.staging_bytes
         return 2 * self.num_tokens * 2 * self.spec.channels * self.spec.dtype.itemsize
 
     def open(self) -> SegmentStream:
         """Begin with layer 0."""
-        if self._chained is not None:
-            return self._chained.open(self.spans)
+        if self.chained is not None:
+            return self.chained.open(self.spans)
         return _PlainStream(self, [part.open() for part in self._parts])
 
 

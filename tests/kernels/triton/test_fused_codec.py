@@ -243,6 +243,27 @@ def test_sinks_are_restored_as_they_were(stored: Stored, device: torch.device, l
     assert torch.equal(pages[:, 1, :, 100:104], stored.expected(0)[:, 1, :, :4].to(DTYPE))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="restores are recorded on a CUDA device")
+def test_a_recorded_restore_is_a_launched_one(stored: Stored, device: torch.device) -> None:
+    from aquifer.server.engine.recorded_restore import RecordedRestores
+
+    total = 4 + sum(COUNTS)
+    pool = PagePool(SPEC, 2 * SPEC.bytes_per_token * 256, device, keep=False)
+    recorded = RecordedRestores(pool, len(COUNTS))
+    assert not recorded.restore(stored.segments(), [(0, total)])  # at first all is launched
+    for place, turned in (100, False), (200, True), (300, False):
+        if turned:  # other bytes at other addresses
+            keys, values = kv(total, device)
+            halves = -keys[:, 4:].contiguous(), values[:, 4:].flip(1).contiguous()
+            stored.bodies = [segment.cpu() for segment in stored.codec.encode(*halves, COUNTS)]
+        stored.segments().open([]).restore(pool, [(0, total)])
+        assert recorded.restore(stored.segments(), [(place, place + 5), (place + 9, place + total + 4)])
+        pages = torch.stack((pool.keys, pool.values), dim=1)
+        found = torch.cat((pages[:, :, :, place : place + 5], pages[:, :, :, place + 9 :]), dim=3)
+        assert torch.equal(found[:, :, :, :total], pages[:, :, :, :total])
+    assert recorded.device_bytes > 0
+
+
 def test_layers_of_any_codec_land_in_order(device: torch.device, launched: list[str]) -> None:
     raw = RawCodec(SPEC)
     keys, values = kv(40, device)
