@@ -33,18 +33,21 @@ NOTHING = tl.constexpr(-1e30)
 """Score of a token that does not exist: finite, so that it can be subtracted from itself."""
 
 
+SLICES = tl.constexpr(4)
+"""Programs that write one table."""
+
+
 @triton.jit
-def _rotated(query: tl.tensor, signs: tl.tensor, axis: tl.constexpr, HEAD_DIM: tl.constexpr) -> tl.tensor:
-    """Coordinates axis, axis+4, ... of a rotated query, float32 [D/4]."""
-    channel = tl.arange(0, HEAD_DIM)
-    place = 4 * tl.arange(0, HEAD_DIM // 4) + axis
-    x = tl.load(query + channel).to(tl.float32) * tl.load(signs + channel)
-    # These columns of the Hadamard matrix: see aquifer.kernels.triton.hadamard.sylvester.
-    common = channel[:, None] & place[None, :]
-    common = common ^ (common >> 4)
-    common = common ^ (common >> 2)
-    common = common ^ (common >> 1)
-    return tl.sum(tl.where((common & 1) == 0, x[:, None], -x[:, None]), 0)
+def _turned(x: tl.tensor, STAGES: tl.constexpr) -> tl.tensor:
+    """x @ sylvester(2^STAGES), x: float32 [rows, 2^STAGES].
+
+    Every stage adds and subtracts neighbours, and puts sums before differences."""
+    rows: tl.constexpr = x.shape[0]
+    size: tl.constexpr = x.shape[1]
+    for _ in tl.static_range(STAGES):
+        a, b = tl.split(tl.reshape(x, [rows, size // 2, 2]))
+        x = tl.reshape(tl.permute(tl.join(a + b, a - b), [0, 2, 1]), [rows, size])
+    return x
 
 
 @triton.jit
@@ -56,23 +59,44 @@ def _tabulate(
     tables: tl.tensor,
     steps: tl.tensor,
     SCALE: tl.constexpr,
+    GROUP: tl.constexpr,
+    FOURTHS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> None:
-    """One query head. A step is the value of one in a table."""
-    request = tl.program_id(1)
+    """One slice of the table of four query heads of one KV head. A step is the value of one in a table."""
+    part, request = tl.program_id(0), tl.program_id(2)
+    head, fourth = tl.program_id(1) // FOURTHS, tl.program_id(1) % FOURTHS
     if number(lanes, request, TOKENS) > 0:
-        query_head = request * tl.num_programs(0) + tl.program_id(0)
-        query = queries + query_head * HEAD_DIM
-        point = grid + 4 * tl.arange(0, 256)[None, :]
-        product = _rotated(query, signs, 0, HEAD_DIM)[:, None] * tl.load(point)
-        product += _rotated(query, signs, 1, HEAD_DIM)[:, None] * tl.load(point + 1)
-        product += _rotated(query, signs, 2, HEAD_DIM)[:, None] * tl.load(point + 2)
-        product += _rotated(query, signs, 3, HEAD_DIM)[:, None] * tl.load(point + 3)
-        step = tl.maximum(tl.max(tl.max(tl.abs(product), 1), 0), 1e-20) / (MIDDLE - 1)
-        tl.store(steps + query_head, step * SCALE)
-        entry = (product / step + (MIDDLE + 0.5)).to(tl.uint8)
-        place = tl.arange(0, HEAD_DIM // 4)[:, None] * 256 + tl.arange(0, 256)[None, :]
-        tl.store(tables + query_head * (HEAD_DIM * 64) + place, entry)
+        member, channel = tl.arange(0, 4), tl.arange(0, HEAD_DIM)
+        there = 4 * fourth + member < GROUP
+        query_head = (request * (tl.num_programs(1) // FOURTHS) + head) * GROUP + 4 * fourth + member
+        place = query_head[:, None] * HEAD_DIM + channel[None, :]
+        x = tl.load(queries + place, mask=there[:, None], other=0.0).to(tl.float32)
+        x = _turned(x * tl.load(signs + channel)[None, :], STAGES)
+        even, odd = tl.split(tl.reshape(x, [4, HEAD_DIM // 4, 2, 2]))
+        first, third = tl.split(even)
+        second, last = tl.split(odd)
+        points = grid + 4 * tl.arange(0, 256)[None, :]
+        words = tl.zeros([HEAD_DIM // 4, 256], dtype=tl.int32)
+        for own in range(4):
+            product = _coordinates(first, own) * tl.load(points)
+            product += _coordinates(second, own) * tl.load(points + 1)
+            product += _coordinates(third, own) * tl.load(points + 2)
+            product += _coordinates(last, own) * tl.load(points + 3)
+            step = tl.maximum(tl.max(tl.max(tl.abs(product), 1), 0), 1e-20) / (MIDDLE - 1)
+            tl.store(steps + query_head, tl.zeros_like(member) + step * SCALE, mask=there & (member == own))
+            words |= (product / step + (MIDDLE + 0.5)).to(tl.int32) << (8 * own)
+        byte = tl.arange(0, HEAD_DIM // 4)[:, None] + tl.zeros_like(words)
+        at = (request * tl.num_programs(1) + tl.program_id(1)) * (HEAD_DIM * 64)
+        entry = at + byte * 256 + tl.arange(0, 256)[None, :]
+        tl.store(tables + entry, words, mask=byte // (HEAD_DIM // 4 // SLICES) == part)
+
+
+@triton.jit
+def _coordinates(x: tl.tensor, own: tl.tensor) -> tl.tensor:
+    """float32 [D/4, 1]: one row of x [4, D/4]."""
+    return tl.sum(tl.where(tl.arange(0, 4)[:, None] == own, x, 0.0), 0)[:, None]
 
 
 @triton.jit
@@ -91,17 +115,13 @@ def _score(
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Four query heads of one KV head of one request. tables: uint8, one per query head."""
+    """Four query heads of one KV head of one request."""
     part, request = tl.program_id(0), tl.program_id(2)
     head, fourth = tl.program_id(1) // FOURTHS, tl.program_id(1) % FOURTHS
     tokens = number(lanes, request, TOKENS)
     if tokens > 0:
-        first_head = (request * (tl.num_programs(1) // FOURTHS) + head) * GROUP + 4 * fourth
-        table = tl.zeros([HEAD_DIM * 64], dtype=tl.int32)
-        for member in tl.static_range(4):
-            entries = tables + (first_head + member) * (HEAD_DIM * 64) + tl.arange(0, HEAD_DIM * 64)
-            entry = tl.load(entries, mask=4 * fourth + member < GROUP, other=0)
-            table |= entry.to(tl.int32) << (8 * member)
+        tables += (request * tl.num_programs(1) + tl.program_id(1)) * (HEAD_DIM * 64)
+        table = tl.load(tables + tl.arange(0, HEAD_DIM * 64))
         # In the order in which the four sums come out of two words.
         row = tl.arange(0, 4)
         in_group = 4 * fourth + 2 * (row % 2) + row // 2
@@ -184,10 +204,10 @@ def score_landmarks(
     fourths = triton.cdiv(group, 4)
     parts = parts or max(1, min(MAX_PARTS, PROGRAMS // (requests * num_heads * fourths)))
     device = queries.device
-    tables = torch.empty(requests, num_q_heads, head_dim * 64, dtype=torch.uint8, device=device)
+    tables = torch.empty(requests, num_heads, fourths, head_dim * 64, dtype=torch.int32, device=device)
     steps = torch.empty(requests, num_q_heads, device=device)
     partial_lse = torch.empty(requests, num_q_heads, parts, device=device)
-    _tabulate[(num_q_heads, requests)](
+    _tabulate[(SLICES.value, num_heads * fourths, requests)](
         queries.contiguous(),
         signs,
         grid,
@@ -195,8 +215,11 @@ def score_landmarks(
         tables,
         steps,
         SCALE=1 / head_dim,  # of the scores and of the Hadamard matrix, sqrt(D) each
+        GROUP=group,
+        FOURTHS=fourths,
         HEAD_DIM=head_dim,
-        num_warps=8,
+        STAGES=head_dim.bit_length() - 1,
+        num_warps=4,
     )
     _score[(parts, num_heads * fourths, requests)](
         tables,

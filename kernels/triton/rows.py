@@ -5,9 +5,8 @@ travel, and no list of them has to come back to the host first. A row is one tok
 its key and of its value (compression/landmarks.py). Their scales are on the device.
 
 Bytes moved: D per missing row over the bus, and 2 * D elements written. The bus is the limit: 52 GB/s if a
-row is one read of 128 bytes; key codes, value codes and scales in three places took 1.8 times as long. Before
-that, the device must learn where host memory is, anew for every 64 kB that it did not touch lately. That
-takes 24 ns each time, one after the other, and need not wait until missing rows are known (`announce_rows`).
+row is one read of 128 bytes; key codes, value codes and scales in three places took 1.8 times as long.
+Before that, the device learns where host memory is: 24 ns for every 64 kB that it did not touch lately.
 """
 
 import torch
@@ -23,7 +22,6 @@ from aquifer.kernels.triton.lanes import (
     MISSING,
     PAGE,
     TARGETS,
-    TOKENS,
     WANTED,
     memory,
     number,
@@ -31,9 +29,6 @@ from aquifer.kernels.triton.lanes import (
 
 SCALES_BYTES = 4
 """Two float16, of a key and of its value: one word."""
-
-KNOWN_BYTES = 1 << 16
-"""Of host memory, whose address the device learns at once."""
 
 
 @triton.jit
@@ -52,45 +47,6 @@ def _decode(
     points = tl.load(grid + code[:, :, None] * 2 + axis[None, None, :])
     # Two small products take a third of the time of one with the whole matrix, and of its registers.
     return turn_group(tl.reshape(points, [BLOCK, HEAD_DIM]), HEAD_DIM // 16, 16, EXACT)
-
-
-@triton.jit
-def _announce(
-    lanes: tl.tensor,
-    rows: tl.tensor,
-    PAGE_WORDS: tl.constexpr,
-    SPOTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    """Some pages of one request. rows: 32-bit words."""
-    request = tl.program_id(1)
-    pages = memory(lanes, request, INDEX_PAGES, tl.int32)
-    count = number(lanes, request, TOKENS) // PAGE * SPOTS
-    for at in range(tl.program_id(0) * BLOCK, count, tl.num_programs(0) * BLOCK):
-        spot = at + tl.arange(0, BLOCK)
-        page = tl.load(pages + spot // SPOTS, mask=spot < count, other=0).to(tl.int64)
-        word = rows + page * PAGE_WORDS + spot % SPOTS * (PAGE_WORDS // SPOTS)
-        tl.load(word, mask=spot < count, other=0, volatile=True)
-
-
-def announce_rows(lanes: Tensor, rows: Tensor, *, programs: int = 16) -> None:
-    """Touch the host memory of all rows of one layer, so that `fetch_rows` need not wait for addresses.
-
-    lanes: int64 [B, fields]; rows: see fetch_rows
-    programs: per request. A document of 131,072 tokens takes 50 us however many there are, so launch it
-        beside other work.
-    """
-    expect("lanes", lanes, (None, FIELDS.value), torch.int64)
-    expect("rows", rows, (None, None), torch.uint8)
-    page_bytes = PAGE.value * rows.shape[1]
-    _announce[(programs, len(lanes))](
-        lanes,
-        rows.view(torch.int32),
-        PAGE_WORDS=page_bytes // 4,
-        SPOTS=triton.cdiv(page_bytes, KNOWN_BYTES),
-        BLOCK=128,
-        num_warps=4,
-    )
 
 
 @triton.jit

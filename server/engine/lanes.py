@@ -15,7 +15,7 @@ from aquifer.compression.spec import SEGMENT_TOKENS, SINK_TOKENS
 from aquifer.kernels.triton.attention import attend_pages
 from aquifer.kernels.triton.landmarks import score_landmarks
 from aquifer.kernels.triton.lanes import FIELDS, NOBODY, Lane, LaneRow, lay_out
-from aquifer.kernels.triton.rows import announce_rows, fetch_rows
+from aquifer.kernels.triton.rows import fetch_rows
 from aquifer.kernels.triton.select import select_tokens
 from aquifer.kernels.triton.slots import find_rows
 from aquifer.server.engine.pages import BlockTable
@@ -90,8 +90,6 @@ class SelectiveLanes:
         self._lists = torch.zeros(most, self._sets, LISTED_TOKENS, dtype=torch.int32, device=device)
         self._lengths = torch.zeros(most, dtype=torch.int32, device=device)
         self._counters = torch.zeros(2, dtype=torch.int64, device=device)
-        # Learns where rows are while they are being chosen.
-        self._side = torch.cuda.Stream(device) if pinned else None
         self._reported = [0, 0]
         self._running_bytes = 0
 
@@ -118,28 +116,16 @@ class SelectiveLanes:
         keys, values = self._pool.keys[layer], self._pool.values[layer]
         if layer == 0:
             lay_out(lanes, lists, lengths, sinks=SINK_TOKENS)
-        self._begin_beside()
-        with torch.cuda.stream(self._side):
-            announce_rows(lanes, index.rows[layer])
         landmarks = index.codes[layer], index.scales[layer], codec.landmark_quantizer.grid
         lse = score_landmarks(q, codec.signs, *landmarks, lanes, first=SINK_TOKENS)
         select_tokens(lanes, lse, self._sets, first=SINK_TOKENS)
         missing = find_rows(lanes, layer, lists, self._counters, sinks=SINK_TOKENS)
-        self._end_beside()
         rows = index.rows[layer], index.row_scales[layer]
         decoded = codec.row_quantizer.grid, codec.signs, codec.means[layer]
         fetch_rows(lanes, missing, *rows, *decoded, keys, values)
         slots = lists[:, 0] if self._shared else lists
         out, _ = attend_pages(q, keys, values, slots, lengths, page_tokens=1)
         return out
-
-    def _begin_beside(self) -> None:
-        if self._side is not None:
-            self._side.wait_stream(torch.cuda.current_stream())
-
-    def _end_beside(self) -> None:
-        if self._side is not None:
-            torch.cuda.current_stream().wait_stream(self._side)
 
     def done(self) -> None:
         counted = self._counters.tolist()  # the device is idle anyway

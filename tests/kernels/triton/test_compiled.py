@@ -30,7 +30,7 @@ from aquifer.kernels.triton.landmarks import score_landmarks
 from aquifer.kernels.triton.lanes import NOBODY, lay_out
 from aquifer.kernels.triton.norms import add_rms_norm, rms_norm, swiglu
 from aquifer.kernels.triton.rope import rotate_and_store
-from aquifer.kernels.triton.rows import announce_rows, fetch_rows
+from aquifer.kernels.triton.rows import fetch_rows
 from aquifer.kernels.triton.select import select_tokens
 from aquifer.kernels.triton.slots import find_rows
 from aquifer.kernels.triton.state_attention import attend_state
@@ -125,7 +125,6 @@ def test_a_layer_of_selective_decoding_compiles(
     rows = torch.zeros(SLOTS, HEADS * head_dim, dtype=torch.uint8)
     row_scales = torch.zeros(SLOTS, HEADS * 4, dtype=torch.uint8)
     lay_out(lanes, lists, lengths, sinks=first)
-    announce_rows(lanes, rows)
     partial_lse = score_landmarks(q, signs, codes, scales, torch.zeros(256, 4), lanes, first=first)
     select_tokens(lanes, partial_lse, sets, first=first)
     for layer in (0, 1, 16):
@@ -134,7 +133,7 @@ def test_a_layer_of_selective_decoding_compiles(
     fetch_rows(lanes, missing, rows, row_scales, torch.zeros(256, 2), signs, means, pool, pool)
     attend_pages(q, pool, pool, lists[:, 0] if shared else lists, lengths, page_tokens=1)
     assert list(dict.fromkeys(compiled)) == [
-        *("_lay_out", "_announce", "_tabulate", "_score", "_rank", "_refine", "_choose"),
+        *("_lay_out", "_tabulate", "_score", "_rank", "_refine", "_choose"),
         *("_look_up", "_count_ages", "_give_slots", "_fetch_rows", "_attend_split", "_merge_splits"),
     ]
 
@@ -315,7 +314,6 @@ def test_single_tokens_pages_and_splits_compile(compiled: _Compiled) -> None:
     select_tokens(lanes, lse, 1, first=1)
     find_rows(lanes, 1, int32(1, 1, 1), torch.zeros(2, dtype=torch.int64), sinks=1)
     rows, row_scales = (torch.zeros(256, size, dtype=torch.uint8) for size in (64, 4))
-    announce_rows(lanes, rows, programs=1)
     grid, means = torch.zeros(256, 2), torch.zeros(1, 64)
     fetch_rows(lanes, int32(1, 1), rows, row_scales, grid, signs, means, pool, pool, programs=1)
     angles = torch.zeros(1, 64)
@@ -323,7 +321,7 @@ def test_single_tokens_pages_and_splits_compile(compiled: _Compiled) -> None:
     higgs_encode(torch.zeros(1, 64), load_quantizer(2, torch.device("cpu")), 64)
     assert compiled == [
         *("_attend_split", "_merge_splits", "_tabulate", "_score", "_rank", "_refine", "_choose"),
-        *("_look_up", "_count_ages", "_give_slots", "_announce", "_fetch_rows", "_emit", "_encode"),
+        *("_look_up", "_count_ages", "_give_slots", "_fetch_rows", "_emit", "_encode"),
     ]
 
 

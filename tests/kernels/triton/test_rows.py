@@ -6,7 +6,7 @@ from aquifer.compression.aqua import load_quantizer
 from aquifer.compression.landmarks import TokenCodec
 from aquifer.compression.spec import KVSpec
 from aquifer.kernels.triton.lanes import NOBODY, Lane
-from aquifer.kernels.triton.rows import announce_rows, fetch_rows
+from aquifer.kernels.triton.rows import fetch_rows
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
 if torch.cuda.is_available():
@@ -118,21 +118,6 @@ def test_few_programs_fetch_all_rows(
     num_missing = torch.tensor([[100]], dtype=torch.int32, device=device)
     layer.fetch(torch.tensor([lane.row(1, 1)], device=device), num_missing, **sizes)
     assert launched == ["_fetch_rows"]
-    for found, plain in zip((layer.keys, layer.values), layer.expected([(lane, [100])]), strict=True):
-        torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-5)
-
-
-def test_announcing_rows_changes_nothing(device: torch.device, launched: list[str]) -> None:
-    layer, lane = Layer(2, 64, torch.float32, device), a_lane(1, 100, device)
-    launched.clear()
-    before = layer.packed.clone()
-    lanes = torch.tensor([lane.row(1, 1), NOBODY], device=device)
-    announce_rows(lanes, layer.packed, programs=2)
-    assert launched == ["_announce"]
-    wanted(lane, range(200, 300), 3)
-    num_missing = torch.tensor([[100], [0]], dtype=torch.int32, device=device)
-    layer.fetch(lanes, num_missing)
-    assert torch.equal(layer.packed, before)
     for found, plain in zip((layer.keys, layer.values), layer.expected([(lane, [100])]), strict=True):
         torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-5)
 
