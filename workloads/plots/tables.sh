@@ -17,7 +17,7 @@ main8k)
     aquifer eval compare $at_8k --samples 18 --methods $main --plot compare-8k.png "$@"
     ;;
 main16k)
-    for task in text2json:10 needles:11 table:9; do
+    for task in text2json:11 needles:11 table:10; do
         aquifer eval compare $at_16k --tasks ${task%:*} --samples ${task#*:} \
             --methods $main,oracle:0.05:heads=shared,landmarks:0.05:rows=exact "$@"
     done
@@ -25,7 +25,7 @@ main16k)
 shadowkv)
     aquifer eval explain shadowkv $at_8k --samples 18 "$@"
     aquifer eval explain shadowkv:0.15625 $at_8k --samples 18 "$@"
-    for task in text2json:10 needles:11 table:9; do
+    for task in text2json:11 needles:11 table:10; do
         aquifer eval explain shadowkv $at_16k --tasks ${task%:*} --samples ${task#*:} "$@"
     done
     for task in text2json:8 needles:4 table:8; do
