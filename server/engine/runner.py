@@ -96,7 +96,7 @@ class ModelRunner:
 
     @property
     def staging_bytes(self) -> int:
-        """Device bytes of the pass that is running, or of the last one, and of what waits for the next."""
+        """Device bytes of the pass that is running or was the last step, and of what waits for the next."""
         return self._pass_bytes + sum(fast.device_bytes for fast in self._fast)
 
     def prefill(self, token_ids: Sequence[int], start: int, cache: SequenceCache) -> tuple[Tensor, LayerKV]:
@@ -120,6 +120,8 @@ class ModelRunner:
             if own:
                 results |= zip(own, fast.run([rows[number] for number in own]), strict=True)
                 left = [number for number in left if number not in results]
+        if not left:
+            self._pass_bytes = 0  # what the last pass took is free again
         for group in self._passes(rows, left):
             results |= zip(group, self._step_plainly([rows[number] for number in group]), strict=True)
         return [results[number] for number in range(len(rows))]
