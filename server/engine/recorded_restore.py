@@ -63,14 +63,14 @@ class _Recording:
         cos, sin = segments.rope
         self._rope = cos.clone(), sin.clone()
         self._slots = torch.zeros(sum(segments.counts), dtype=torch.int64, device=device)
+        # Those that other restores displaced are computed now: while recording nothing comes from the host.
+        self._tables = segments.decoder().tables
         # Queues of its own: other engines of this process use the common ones meanwhile.
         queues = Queues(device)
 
         def launch() -> None:
             # State and landings are taken while recording and dropped, so that recordings share their memory.
-            decoder = segments.decoder()
-            self._tables = decoder.tables
-            chain = Chain(len(pool.keys), self._slices, decoder, queues)
+            chain = Chain(len(pool.keys), self._slices, segments.decoder(), queues)
             chain.emit_all(self._rope, self._slots, pool)
 
         self._graph, self.device_bytes = record_graph(launch, memory, torch.cuda.Stream(device))

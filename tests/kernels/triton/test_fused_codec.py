@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -262,6 +264,45 @@ def test_a_recorded_restore_is_a_launched_one(stored: Stored, device: torch.devi
         found = torch.cat((pages[:, :, :, place : place + 5], pages[:, :, :, place + 9 :]), dim=3)
         assert torch.equal(found[:, :, :, :total], pages[:, :, :, :total])
     assert recorded.device_bytes > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device records by itself")
+def test_what_a_recording_needs_of_the_host_is_there_before(
+    name: str, device: torch.device, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the restore that is launched and the one that is recorded, other prompts are restored."""
+    from aquifer.server.engine import recorded_restore
+
+    recording = False
+
+    def offsets(codec: FusedAquaCodec, *which: Any) -> Tensor:
+        if recording:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return compute_offsets(codec, *which)
+
+    def record_graph(launch: Callable[[], None], *_: object) -> tuple[SimpleNamespace, int]:
+        nonlocal recording
+        recording = True
+        launch()
+        recording = False
+        return SimpleNamespace(replay=launch), 0
+
+    compute_offsets = FusedAquaCodec._decode_offsets
+    monkeypatch.setattr(FusedAquaCodec, "_decode_offsets", offsets)
+    monkeypatch.setattr(recorded_restore, "record_graph", record_graph)
+    monkeypatch.setattr(recorded_restore, "Queues", lambda device: _NoQueues())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    stored, total = Stored(name, device), 4 + sum(COUNTS)
+    pool = PagePool(SPEC, SPEC.bytes_per_token * 256, device, keep=False)
+    recorded = recorded_restore.RecordedRestores(pool, len(COUNTS))
+    assert not recorded.restore(stored.segments(), [(0, total)])
+    stored.segments().open([]).restore(pool, [(0, total)])
+    for tokens in range(1, 9):
+        stored.codec.decoder([tokens], device)
+    assert recorded.restore(stored.segments(), [(100, 100 + total)])
+    pages = torch.stack((pool.keys, pool.values), dim=1)
+    close(pages[:, :, :, 100 : 100 + total], stored.expected(0))
 
 
 def test_layers_of_any_codec_land_in_order(device: torch.device, launched: list[str]) -> None:
