@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -80,7 +80,9 @@ class SegmentSource:
             spans = [segment_span(segment.index) for segment in segments]
             self.spans += spans
             parts.append((reader.codec, [s.record for s in segments], [count for _, count in spans]))
-        self._adapter = adapter
+        # It does not know this object, which is gone with its last user, and not when cycles are looked for:
+        # with it go rows, angles and page-locked copies.
+        self._rope = cache(partial(_rope_table, adapter, self.spans))
         self.num_tokens = sum(count for _, count in self.spans)
         self.num_bytes = sum(record.body.nbytes for _, records, _ in parts for record in records)
         """Bytes of the records, all layers."""
@@ -96,16 +98,15 @@ class SegmentSource:
             _, records, counts = parts[-1]
             bodies = [_as_tensor(record.body) for record in records]
             self.chained = ChainedSegments(
-                reader.codec, bodies, counts, self.spec, lambda: self.rope, sinks, self._device
+                reader.codec, bodies, counts, self.spec, self._rope, sinks, self._device
             )
         else:
             self._parts = [_Records(codec, records, counts, self._device) for codec, records, counts in parts]
 
-    @cached_property
+    @property
     def rope(self) -> tuple[Tensor, Tensor]:
         """cos and sin [T, D] of the rows."""
-        runs = [torch.arange(first, last, device=self._device) for first, last in joined(self.spans)]
-        return self._adapter.rope_table(torch.cat(runs))
+        return self._rope()
 
     @property
     def staging_bytes(self) -> int:
@@ -176,6 +177,12 @@ class _Records:
             return LandedLayers(self._slices, decoder, self._sizes)
         layers = iter(self._by_layer)
         return lambda: decoder.decode_layer(next(layers))
+
+
+def _rope_table(adapter: DecoderAdapter, spans: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, D] of the tokens of some spans."""
+    runs = [torch.arange(first, last, device=adapter.device) for first, last in joined(spans)]
+    return adapter.rope_table(torch.cat(runs))
 
 
 def joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

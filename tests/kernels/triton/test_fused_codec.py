@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
+from aquifer.cachestore.tier import Lease
 from aquifer.compression.aqua import AquaCodec
 from aquifer.compression.fused import FusedAquaCodec, fits
 from aquifer.compression.predictors import LayerFit, PredictorCard, Predictors
@@ -20,7 +23,11 @@ from aquifer.kernels.attention import attend_ref, merge_attention
 from aquifer.kernels.rope import apply_rope
 from aquifer.server.engine import device_streams
 from aquifer.server.engine.device_streams import ChainedSegments, HostSlices, LandedLayers
+from aquifer.server.engine.fetch import StoredRecord, StoredSegment
 from aquifer.server.engine.pages import PagePool
+from aquifer.server.engine.streams import SegmentReader
+from aquifer.server.metrics import Metrics
+from aquifer.server.models.adapter import DecoderAdapter
 
 # The interpreter truncates to bfloat16 where a device rounds.
 DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float16
@@ -303,6 +310,29 @@ def test_what_a_recording_needs_of_the_host_is_there_before(
     assert recorded.restore(stored.segments(), [(100, 100 + total)])
     pages = torch.stack((pool.keys, pool.values), dim=1)
     close(pages[:, :, :, 100 : 100 + total], stored.expected(0))
+
+
+def test_a_source_goes_with_its_last_user(device: torch.device) -> None:
+    """And with it the device's memory and page-locked memory that it holds."""
+    codec, _ = codec_pair("aqua:2", device)
+    table = torch.zeros(256, SPEC.head_dim, dtype=DTYPE, device=device)
+    adapter = cast(
+        DecoderAdapter, SimpleNamespace(spec=SPEC, device=device, rope_table=lambda positions: (table, table))
+    )
+    raw = RawCodec(SPEC)
+    rows, sinks = (
+        StoredRecord(Lease(memoryview(body), "own"), memoryview(body))
+        for body in (bytes(codec.segment_bytes(252)), bytes(raw.segment_bytes(4)))
+    )
+    source = SegmentReader(adapter, codec, raw, Metrics()).source([StoredSegment(0, rows, sinks)])
+    assert source.chained is not None and source.chained.rope[0].shape == (252, SPEC.head_dim)
+    known = weakref.ref(source)
+    gc.disable()
+    try:
+        del source
+        assert known() is None
+    finally:
+        gc.enable()
 
 
 def test_layers_of_any_codec_land_in_order(device: torch.device, launched: list[str]) -> None:
