@@ -264,6 +264,7 @@ def build_index(
         runs = target.runs(stream.spans)
         for layer in layers:
             index.write(layer, runs, *stream.next_layer())
+        _wait(index.codes.device)
 
 
 def fill_sinks(pool: PagePool, row_pages: Sequence[int], cache: PagedCache, reader: SegmentReader) -> None:
@@ -272,6 +273,14 @@ def fill_sinks(pool: PagePool, row_pages: Sequence[int], cache: PagedCache, read
     stream = None if source else reader.source([cache.host[0]], sinks_only=True).open()
     for layer in range(reader.adapter.spec.num_layers):
         pool.write(layer, sinks, *(stream.next_layer() if stream else cache.read(layer, source)))
+    if stream:
+        _wait(pool.keys.device)
+
+
+def _wait(device: torch.device) -> None:
+    """Until a device has read a stream's records, of which page-locked copies may go with the stream."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _flat(runs: Sequence[tuple[int, int]], device: torch.device) -> Tensor:

@@ -1,5 +1,9 @@
 """What selective attention reads: the right rows, fetched once while they stay, no more than the budget."""
 
+import weakref
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from tiny_models import DEVICE
@@ -7,8 +11,9 @@ from torch import Tensor
 
 from aquifer.compression.landmarks import TokenCodec
 from aquifer.compression.spec import KVSpec
+from aquifer.server.engine import selective
 from aquifer.server.engine.index import IndexPool, index_pages
-from aquifer.server.engine.pages import PagePool
+from aquifer.server.engine.pages import BlockTable, PagePool
 from aquifer.server.engine.selective import RowCache, Selection, indexed_tokens
 
 SPEC = KVSpec(num_layers=2, num_kv_heads=2, head_dim=16, dtype=torch.float32, rope="{}")
@@ -118,3 +123,33 @@ def test_an_index_is_bounded_by_host_and_by_device_memory() -> None:
     assert index.capacity_bytes == 3 * device_page == sum(tensor.nbytes for tensor in on_device)
     assert index.rows.nbytes == 3 * host_page and index.row_bytes == 8 + 8
     assert index_pages(codec, 0, 1 << 40) == 0
+
+
+@pytest.mark.parametrize("what", ["index", "sinks"])
+def test_a_stream_stays_until_the_device_has_read_its_records(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stream:
+        spans = ((0, 4),)
+
+        def next_layer(self) -> tuple[Tensor, Tensor]:
+            return torch.zeros(2, SPEC.num_kv_heads, 4, SPEC.head_dim).unbind()
+
+    class Source:
+        def open(self) -> Stream:
+            stream = Stream()
+            streams.append(weakref.ref(stream))
+            return stream
+
+    streams: list[weakref.ref[Stream]] = []
+    alive: list[bool] = []
+    monkeypatch.setattr(selective, "_wait", lambda device: alive.append(streams[-1]() is not None))
+    reader: Any = SimpleNamespace(source=lambda *_, **__: Source(), adapter=SimpleNamespace(spec=SPEC))
+    cache: Any = SimpleNamespace(table=BlockTable([None]), host={0: None})
+    if what == "index":
+        index = IndexPool(TokenCodec(SPEC, None, DEVICE), 1, DEVICE, keep=False)
+        selective.build_index(index, [0], [0], cache, reader)
+    else:
+        pool = PagePool(SPEC, 256 * SPEC.bytes_per_token, DEVICE, keep=False)
+        selective.fill_sinks(pool, [0], cache, reader)
+    assert alive == [True]
