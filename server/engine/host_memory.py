@@ -26,6 +26,13 @@ def page_lock(memory: Tensor) -> Callable[[], None]:
     return lambda: runtime.cudaHostUnregister(memory.data_ptr())
 
 
+def until_read(device: torch.device) -> None:
+    """Wait for all that was asked of a CUDA device on the current stream: then leases of the host memory that
+    it reads may end, and page-locked copies be freed. A CPU has read it already."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 def lock_for(device: torch.device, memories: Sequence[Tensor]) -> Callable[[], None]:
     """Page-lock what a CUDA device will read; nothing for a CPU. Returns what undoes it, when the device
     reads nothing any more."""

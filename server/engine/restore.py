@@ -6,10 +6,9 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 from aquifer.compression.spec import SEGMENT_TOKENS
 from aquifer.server.engine.fetch import StoredSegment
+from aquifer.server.engine.host_memory import until_read
 from aquifer.server.engine.pages import BlockTable, PagePool
 from aquifer.server.engine.streams import SegmentReader
 
@@ -53,9 +52,7 @@ class Restorer:
         chained, recorded = source.chained, self._recorded
         if chained is None or recorded is None or not recorded.restore(chained, runs):
             source.open().restore(self._pool, runs)
-        device = self._reader.adapter.device
-        if device.type == "cuda":
-            # The leases may end after this, and the time below is that of the arithmetic, not of its launch.
-            torch.cuda.current_stream(device).synchronize()
+        # The leases may end after this, and the time below is that of the arithmetic, not of its launch.
+        until_read(self._reader.adapter.device)
         self._reader.metrics.codec_tokens.labels(op="decode").inc(len(segments) * SEGMENT_TOKENS)
         self._reader.metrics.codec_seconds.labels(op="decode").inc(time.perf_counter() - started)

@@ -12,6 +12,7 @@ from torch import Tensor
 from aquifer.compression.spec import SEGMENT_TOKENS
 from aquifer.kernels.attention import attend, attend_in_pieces, merge_attention
 from aquifer.server.engine.fetch import StoredSegment
+from aquifer.server.engine.host_memory import until_read
 from aquifer.server.engine.pages import BlockTable, PagePool
 from aquifer.server.engine.sampling import Pick, StepResult, settle
 from aquifer.server.engine.streams import SegmentReader, SegmentSource
@@ -235,9 +236,8 @@ class PagedCache:
 
     def release(self) -> None:
         """End the leases of the stored segments; no pass may be opened after that."""
-        if self.host and self._pool.keys.is_cuda:
-            # What was asked of the device may still read them where they lie.
-            torch.cuda.current_stream(self._pool.keys.device).synchronize()
+        if self.host:
+            until_read(self._pool.keys.device)
         for segment in self.host.values():
             segment.release()
         self.host.clear()

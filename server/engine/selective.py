@@ -18,6 +18,7 @@ from torch import Tensor
 from aquifer.compression.spec import SEGMENT_TOKENS, SINK_TOKENS
 from aquifer.kernels.attention import attend, merge_attention
 from aquifer.kernels.landmarks import select_tokens
+from aquifer.server.engine.host_memory import until_read
 from aquifer.server.engine.index import IndexPool
 from aquifer.server.engine.pages import BlockTable, PagePool, pages_of
 from aquifer.server.engine.parts import EngineParts
@@ -264,7 +265,7 @@ def build_index(
         runs = target.runs(stream.spans)
         for layer in layers:
             index.write(layer, runs, *stream.next_layer())
-        _wait(index.codes.device)
+        until_read(index.codes.device)  # copies of records may go with the stream
 
 
 def fill_sinks(pool: PagePool, row_pages: Sequence[int], cache: PagedCache, reader: SegmentReader) -> None:
@@ -274,13 +275,7 @@ def fill_sinks(pool: PagePool, row_pages: Sequence[int], cache: PagedCache, read
     for layer in range(reader.adapter.spec.num_layers):
         pool.write(layer, sinks, *(stream.next_layer() if stream else cache.read(layer, source)))
     if stream:
-        _wait(pool.keys.device)
-
-
-def _wait(device: torch.device) -> None:
-    """Until a device has read a stream's records, of which page-locked copies may go with the stream."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
+        until_read(pool.keys.device)
 
 
 def _flat(runs: Sequence[tuple[int, int]], device: torch.device) -> Tensor:

@@ -143,7 +143,7 @@ def test_a_stream_stays_until_the_device_has_read_its_records(
 
     streams: list[weakref.ref[Stream]] = []
     alive: list[bool] = []
-    monkeypatch.setattr(selective, "_wait", lambda device: alive.append(streams[-1]() is not None))
+    monkeypatch.setattr(selective, "until_read", lambda device: alive.append(streams[-1]() is not None))
     reader: Any = SimpleNamespace(source=lambda *_, **__: Source(), adapter=SimpleNamespace(spec=SPEC))
     cache: Any = SimpleNamespace(table=BlockTable([None]), host={0: None})
     if what == "index":
