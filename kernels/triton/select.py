@@ -152,6 +152,20 @@ def _refine(
 
 
 @triton.jit
+def take(
+    sure: tl.tensor, tie: tl.tensor, sure_before: tl.tensor, ties_before: tl.tensor, ties_wanted: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:
+    """Which of one turn are taken, all sure ones and the first ties, and their places among all taken. sure,
+    tie: int32 of 0 and 1. ..._before: how many there were in earlier turns."""
+    # One running sum counts both: no turn has 65,536 of them. As many ties are taken as are left, so places
+    # follow from the two counts.
+    counts = tl.cumsum(sure + (tie << 16), 0)
+    ties = ties_before + (counts >> 16)
+    taken = (sure == 1) | ((tie == 1) & (ties <= ties_wanted))
+    return taken, sure_before + (counts & 0xFFFF) + tl.minimum(ties, ties_wanted) - 1
+
+
+@triton.jit
 def _choose(
     lanes: tl.tensor,
     lower: tl.tensor,
@@ -183,12 +197,7 @@ def _choose(
             key = tl.load(keys + token, mask=token < stop, other=-1).to(tl.int32) & NEVER
             sure = (key < limit).to(tl.int32)
             tie = ((key == limit) & (token < stop)).to(tl.int32)
-            # One running sum counts both: no turn has 65,536 tokens. As many ties are taken as are left, so
-            # places follow from the two counts.
-            counts = tl.cumsum(sure + (tie << 16), 0)
-            ties = ties_before + (counts >> 16)
-            taken = (sure == 1) | ((tie == 1) & (ties <= ties_wanted))
-            place = sure_before + (counts & 0xFFFF) + tl.minimum(ties, ties_wanted) - 1
+            taken, place = take(sure, tie, sure_before, ties_before, ties_wanted)
             tl.store(chosen + place, token, mask=taken)
             ties_before += tl.sum(tie, 0)
             sure_before += tl.sum(sure, 0)

@@ -31,6 +31,7 @@ from aquifer.kernels.triton.lanes import (
     memory,
     number,
 )
+from aquifer.kernels.triton.select import take
 
 PROGRAMS = 512
 """What the number of chunks aims at: what a device runs at once."""
@@ -207,11 +208,7 @@ def _give_slots(
             slot = at + tl.arange(0, BLOCK)
             age = _age(last_used, slot, slot < stop, step)
             older, tie = (age > limit).to(tl.int32), ((age == limit) & (slot < stop)).to(tl.int32)
-            # One running sum for both counts: no turn has as many as 65,536.
-            counts = tl.cumsum(older + (tie << 16), 0)
-            ties = ties_before + (counts >> 16)
-            given = (older == 1) | ((tie == 1) & (ties <= ties_wanted))
-            nth = older_before + (counts & 0xFFFF) + tl.minimum(ties, ties_wanted) - 1
+            given, nth = take(older, tie, older_before, ties_before, ties_wanted)
             token = tl.load(missing + nth, mask=given, other=0)
             place = tl.load(targets + nth, mask=given, other=0)
             old = tl.load(token_in + slot, mask=given, other=-1)
