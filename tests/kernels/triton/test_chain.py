@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from kernel_inputs import normal
 from torch import Tensor
 
 from aquifer.compression.aqua import load_quantizer
@@ -32,10 +33,6 @@ def bits(request: pytest.FixtureRequest) -> int:
 @pytest.fixture
 def quantizer(bits: int, device: torch.device) -> Quantizer:
     return load_quantizer(bits, device)
-
-
-def normal(*shape: int, device: torch.device) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(device)
 
 
 def laid_out(tokens: int, channels: int, group: int, quantizer: Quantizer) -> tuple[Tensor, Tensor]:

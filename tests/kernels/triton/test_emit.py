@@ -1,5 +1,6 @@
 import pytest
 import torch
+from kernel_inputs import normal, rotated_state
 from torch import Tensor
 
 from aquifer.kernels.hadamard import Rotation
@@ -10,10 +11,6 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
 if torch.cuda.is_available():
     TOLERANCE[torch.bfloat16] = 2e-2
 UNTOUCHED = 7.0
-
-
-def normal(*shape: int, device: torch.device) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(device)
 
 
 def expected(
@@ -37,11 +34,7 @@ def test_emitted_rows_equal_their_twins(
     tokens: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, launched: list[str]
 ) -> None:
     channels = heads * head_dim
-    rotation = Rotation.of(channels, 3, device)
-    state = normal(tokens, 3 * channels, device=device).to(dtype)[:, channels:]
-    angles = normal(tokens, head_dim, device=device)
-    # Not the usual table with equal halves: a mistaken half would not show.
-    rope = angles.cos().to(dtype), angles.sin().to(dtype)
+    rotation, state, rope = rotated_state(tokens, heads, head_dim, dtype, device)
     slots = torch.randperm(2 * tokens, generator=torch.Generator().manual_seed(1))[:tokens].to(device)
     slots[1::4] = -1
     pages = torch.full((2, heads, 2 * tokens, head_dim), UNTOUCHED, dtype=dtype, device=device)

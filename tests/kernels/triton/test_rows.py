@@ -1,5 +1,6 @@
 import pytest
 import torch
+from kernel_inputs import a_lane
 from torch import Tensor
 
 from aquifer.compression.aqua import load_quantizer
@@ -12,22 +13,6 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
 if torch.cuda.is_available():
     TOLERANCE[torch.bfloat16] = 2e-2
 UNTOUCHED = 7.0
-
-
-def a_lane(sets: int, count: int, device: torch.device, *, slots: int = 40, pages: int = 3) -> Lane:
-    """Pages 2, 0, ... of the index; the tail in pages 5 and 1 of the pool, rows in 3 and 2."""
-    index_pages = [2, 0, 1][:pages]
-    return Lane(
-        index_pages,
-        [5, 1],
-        [3, 2],
-        layers=2,
-        sets=sets,
-        num_q_heads=2,
-        wanted=count,
-        slots=slots,
-        device=device,
-    )
 
 
 class Layer:

@@ -2,26 +2,12 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from kernel_inputs import a_lane
 
-from aquifer.kernels.triton.lanes import NOBODY, Lane, lay_out
+from aquifer.kernels.triton.lanes import NOBODY, lay_out
 from aquifer.kernels.triton.slots import find_rows
 
 SINKS = 4
-
-
-def a_lane(sets: int, count: int, device: torch.device, *, slots: int = 40) -> Lane:
-    """Pages 2, 0 and 1 of the index; the tail in pages 5 and 1 of the pool, rows in 3 and 2."""
-    return Lane(
-        [2, 0, 1],
-        [5, 1],
-        [3, 2],
-        layers=2,
-        sets=sets,
-        num_q_heads=2,
-        wanted=count,
-        slots=slots,
-        device=device,
-    )
 
 
 class Books:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from kernel_inputs import normal, rotated_state
 from torch import Tensor
 
 from aquifer.kernels.attention import attend_ref
@@ -11,10 +12,6 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
 if torch.cuda.is_available():
     TOLERANCE[torch.bfloat16] = 2e-2
 KERNELS = ["_score_keys", "_sum_values", "_merge_rotated"]
-
-
-def normal(*shape: int, device: torch.device) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(device)
 
 
 def expected(
@@ -44,12 +41,7 @@ def test_attention_to_a_state_equals_its_twin(
     device: torch.device,
     launched: list[str],
 ) -> None:
-    channels = heads * head_dim
-    rotation = Rotation.of(channels, 3, device)
-    state = normal(tokens, 3 * channels, device=device).to(dtype)[:, channels:]
-    angles = normal(tokens, head_dim, device=device)
-    # Not the usual table with equal halves: a mistaken half would not show.
-    rope = angles.cos().to(dtype), angles.sin().to(dtype)
+    rotation, state, rope = rotated_state(tokens, heads, head_dim, dtype, device)
     q = normal(heads * per_head, head_dim, device=device).to(dtype)
     out, lse = attend_state(q, state, rotation.signs, rotation.group, rope)
     wanted, wanted_lse = expected(q, state, rotation, rope)
