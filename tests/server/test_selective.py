@@ -133,7 +133,7 @@ def test_a_stream_stays_until_the_device_has_read_its_records(
         spans = ((0, 4),)
 
         def next_layer(self) -> tuple[Tensor, Tensor]:
-            return torch.zeros(2, SPEC.num_kv_heads, 4, SPEC.head_dim).unbind()
+            return torch.zeros(2, SPEC.num_kv_heads, 4, SPEC.head_dim, device=DEVICE).unbind()
 
     class Source:
         def open(self) -> Stream:
