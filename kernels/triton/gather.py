@@ -24,7 +24,8 @@ SLICE_ALIGNMENT = 16
 
 @triton.jit
 def _gather(
-    addresses: tl.tensor,
+    records: tl.tensor,
+    starts: tl.tensor,
     places: tl.tensor,
     sizes: tl.tensor,
     target: tl.tensor,
@@ -38,9 +39,11 @@ def _gather(
     while chunk < num_chunks:
         piece = chunk // chunks_per_slice
         word = (chunk % chunks_per_slice) * WORDS + lane
+        record = tl.load(records + piece)
+        size = tl.where(record == 0, 0, tl.load(sizes + piece))
         # Told what sizes and addresses are multiples of, the compiler loads 16 bytes at a time.
-        there = word < tl.multiple_of(tl.load(sizes + piece) // 4, 4)
-        source = tl.load(addresses + piece).to(tl.pointer_type(tl.int32))
+        there = word < tl.multiple_of(size // 4, 4)
+        source = (record + tl.load(starts + piece)).to(tl.pointer_type(tl.int32))
         place = (target + tl.load(places + piece)).to(tl.pointer_type(tl.int32))
         data = tl.load(tl.multiple_of(source, 16) + word, mask=there)
         tl.store(tl.multiple_of(place, 16) + word, data, mask=there)
@@ -48,7 +51,8 @@ def _gather(
 
 
 def gather_slices(
-    addresses: Tensor,
+    records: Tensor,
+    starts: Tensor,
     places: Tensor,
     sizes: Tensor,
     largest: int,
@@ -57,23 +61,26 @@ def gather_slices(
     programs: int = 8,
     block_bytes: int = 65536,
 ) -> None:
-    """Copy slices of host memory, each to its place in `target`.
+    """Copy a slice of each of some records in host memory to its place in `target`.
 
-    addresses: int64 [N], of memory that the device can read; it must stay as it is until the kernel has run
-    places, sizes: int32 [N], in bytes, multiples of 16 like the addresses
+    records: int64 [N], addresses that the device can read; what lies there must stay as it is until the
+    kernel has run. 0: there is no such record, and nothing is copied
+    starts, places, sizes: int32 [N], of the slices in records and target, in bytes, multiples of 16 like the
+    addresses
     largest: the largest of the sizes
     target: uint8 [B]; programs, block_bytes: how many share the work, and in which portions
     Twin: gather_slices_ref.
     """
-    (count,) = addresses.shape
-    expect("addresses", addresses, (None,), torch.int64)
+    (count,) = records.shape
+    expect("records", records, (None,), torch.int64)
+    expect("starts", starts, (count,), torch.int32)
     expect("places", places, (count,), torch.int32)
     expect("sizes", sizes, (count,), torch.int32)
     expect("target", target, (None,), torch.uint8)
     expect_power_of_two("block_bytes", block_bytes, 512, 65536)
     chunks = triton.cdiv(largest, block_bytes)
     _gather[(min(programs, count * chunks),)](
-        addresses, places, sizes, target, count * chunks, chunks, WORDS=block_bytes // 4, num_warps=16
+        records, starts, places, sizes, target, count * chunks, chunks, WORDS=block_bytes // 4, num_warps=16
     )
 
 

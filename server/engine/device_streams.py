@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from copy import copy
 from functools import cache, cached_property
 
 import torch
@@ -23,16 +22,11 @@ from aquifer.compression.codec import Codec
 from aquifer.compression.spec import KVSpec
 from aquifer.kernels.attention import attend, attend_in_pieces
 from aquifer.kernels.rope import apply_rope
-from aquifer.kernels.triton.gather import gather_slices
+from aquifer.server.engine.host_slices import HostRecords, HostSlices, to_device
 from aquifer.server.engine.pages import PagePool
+from aquifer.server.engine.records import joined, numbers_of
 
 LANDINGS = 3
-
-_LARGEST_LAYER = 2**31
-
-GATHER_PROGRAMS = 8
-"""As many multiprocessors are lost to the GEMMs. Beside those, bytes from the host take four times as long to
-arrive, so that half a megabyte has to be asked for at a time (gather.py)."""
 
 
 class Queue:
@@ -83,55 +77,6 @@ class Queues:
 def queues_of(device: torch.device) -> Queues:
     """One set for all streams of a device; they follow each other."""
     return Queues(device)
-
-
-class HostSlices:
-    """Where the layers of several records lie in host memory, for a kernel that reads them there."""
-
-    def __init__(
-        self, codec: Codec, bodies: Sequence[Tensor], counts: Sequence[int], device: torch.device
-    ) -> None:
-        """bodies: uint8, one per record; they must stay as they are. Those that are not page-locked are
-        copied to memory that is."""
-        self._bodies = _page_locked(bodies) if device.type == "cuda" else list(bodies)
-        layers = range(codec.spec.num_layers)
-        of_count = {n: torch.tensor([codec.layer_bytes(layer, n) for layer in layers]) for n in set(counts)}
-        sizes = torch.stack([of_count[n] for n in counts], dim=1)  # [L, N]
-        places = sizes.cumsum(1) - sizes
-        addresses = torch.tensor([body.data_ptr() for body in self._bodies]) + sizes.cumsum(0) - sizes
-        self._largest = sizes.amax(1).tolist()
-        self.layer_bytes: list[int] = sizes.sum(1).tolist()
-        """Bytes of each layer of all records."""
-        if max(self.layer_bytes) >= _LARGEST_LAYER:
-            raise ValueError(f"{len(bodies)} records at once are too many for 32-bit offsets")
-        self._addresses = addresses.to(device)
-        self._places, self._sizes = places.int().to(device), sizes.int().to(device)
-
-    def without_records(self) -> HostSlices:
-        """A copy for a recording, which is told the addresses before every replay."""
-        other = copy(self)
-        other._bodies, other._addresses = [], self._addresses.clone()
-        return other
-
-    def follow(self, other: HostSlices) -> None:
-        """Copy from where `other` copies: as many records of the same sizes."""
-        self._addresses.copy_(other._addresses)
-
-    @property
-    def tables(self) -> Sequence[Tensor]:
-        """Device memory that a copy reads."""
-        return self._addresses, self._places, self._sizes
-
-    def land(self, layer: int, target: Tensor) -> None:
-        """Start copying a layer into target, the slices of all records end to end."""
-        gather_slices(
-            self._addresses[layer],
-            self._places[layer],
-            self._sizes[layer],
-            self._largest[layer],
-            target,
-            programs=GATHER_PROGRAMS,
-        )
 
 
 class Landing:
@@ -191,35 +136,45 @@ class ChainedSegments:
         self,
         codec: Codec,
         bodies: Sequence[Tensor],
-        counts: Sequence[int],
-        spec: KVSpec,
-        rope: Callable[[], tuple[Tensor, Tensor]],
+        spans: Sequence[tuple[int, int]],
+        rope_table: Callable[[Tensor], tuple[Tensor, Tensor]],
         sinks: Tensor | None,
         device: torch.device,
     ) -> None:
-        """bodies: uint8, one per segment of counts[i] tokens; they must stay as they are.
-        rope: gives cos and sin [T, D], of the sinks first; asked for while bytes are on their way.
-        sinks: [L, 2, S, C] before RoPE, in host memory."""
+        """bodies: uint8, one per segment; they must stay as they are.
+        spans: (first token, number of tokens) of each segment.
+        rope_table: gives cos and sin [T, D] of positions [T]; asked while bytes are on their way.
+        sinks: the first tokens, [L, 2, S, C] before RoPE, in host memory."""
         assert codec.chain is not None
-        self._codec, self._spec, self._device = codec.chain, spec, device
-        self.counts = tuple(counts)
-        self.slices = HostSlices(codec, bodies, counts, device)
-        self._rope_of_all, self._sinks = rope, sinks
+        self._codec, self._chain, self._spec, self._device = codec, codec.chain, codec.spec, device
+        self.spans = spans
+        self.counts = tuple(count for _, count in spans)
+        self.records = HostRecords(bodies, device)
+        self._rope_table, self._sinks = rope_table, sinks
         self.first = 0 if sinks is None else sinks.shape[2]
         """Row of the first token that is no sink."""
 
     @cached_property
+    def slices(self) -> HostSlices:
+        return HostSlices(self._codec, self.counts, self.records.on_device())
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 [T] of the tokens that are no sinks, in host memory."""
+        return numbers_of(joined(self.spans))
+
+    @cached_property
     def rope(self) -> tuple[Tensor, Tensor]:
         """cos and sin [T, D] of the tokens that are no sinks."""
-        cos, sin = (table[self.first :].contiguous() for table in self._rope_of_all())
-        return cos, sin
+        return self._rope_table(to_device(self.positions, self._device))
 
     @cached_property
     def sinks(self) -> Tensor | None:
         """Keys after RoPE and values, [L, 2, H, S, D]."""
         if self._sinks is None:
             return None
-        return _emitted_sinks(self._sinks.to(self._device), self._spec, self._rope_of_all())
+        rope = self._rope_table(torch.arange(self.first, device=self._device))
+        return _emitted_sinks(self._sinks.to(self._device, non_blocking=True), self._spec, rope)
 
     @property
     def num_tokens(self) -> int:
@@ -230,7 +185,7 @@ class ChainedSegments:
     def staging_bytes(self) -> int:
         tokens, spec = sum(self.counts), self._spec
         layer = 2 * self.num_tokens * spec.channels * spec.dtype.itemsize
-        return self._codec.chain_bytes(tokens) + LANDINGS * max(self.slices.layer_bytes) + layer
+        return self._chain.chain_bytes(tokens) + LANDINGS * max(self.slices.layer_bytes) + layer
 
     def open(self, spans: Sequence[tuple[int, int]]) -> ChainStream:
         """spans: of the sinks and segments, in order."""
@@ -238,16 +193,14 @@ class ChainedSegments:
         return ChainStream(self, spans, chain)
 
     def decoder(self) -> ChainDecoder:
-        return self._codec.chain_decoder(self.counts, self._device)
+        return self._chain.chain_decoder(self.counts, self._device)
 
-    def place_sinks(self, pool: PagePool, runs: Sequence[tuple[int, int]]) -> Tensor:
-        """Write the sinks into the first slots of `runs`. Returns the slots of the other tokens, int64."""
-        device = pool.keys.device
-        slots = torch.cat([torch.arange(start, stop, device=device) for start, stop in runs])
+    def place_sinks(self, pool: PagePool, slots: Tensor) -> None:
+        """Write the sinks, if there are some. slots: int64 [S], theirs, in host memory."""
         if self.sinks is not None:
-            pool.keys.index_copy_(2, slots[: self.first], self.sinks[:, 0])
-            pool.values.index_copy_(2, slots[: self.first], self.sinks[:, 1])
-        return slots[self.first :].contiguous()
+            there = to_device(slots, self._device)
+            pool.keys.index_copy_(2, there, self.sinks[:, 0])
+            pool.values.index_copy_(2, there, self.sinks[:, 1])
 
     def new_layer(self) -> Tensor:
         """Room for keys and values of a layer, [2, H, T, D]."""
@@ -289,7 +242,10 @@ class ChainStream:
         return parts
 
     def restore(self, pool: PagePool, runs: Sequence[tuple[int, int]]) -> None:
-        self._chain.emit_all(self._segments.rope, self._segments.place_sinks(pool, runs), pool)
+        segments = self._segments
+        sinks, slots = numbers_of(runs).tensor_split([segments.first])
+        segments.place_sinks(pool, sinks)
+        self._chain.emit_all(segments.rope, to_device(slots, pool.keys.device), pool)
 
 
 class Chain:
@@ -375,20 +331,8 @@ class Chain:
 
 def _emitted_sinks(rows: Tensor, spec: KVSpec, rope: tuple[Tensor, Tensor]) -> Tensor:
     """rows: [L, 2, S, C] before RoPE. Returns keys after RoPE and values, [L, 2, H, S, D]."""
-    layers, _, count, _ = rows.shape
+    layers = len(rows)
     rows = rows.unflatten(3, (spec.num_kv_heads, spec.head_dim))
-    cos, sin = (table[:count].repeat(layers, 1) for table in rope)
+    cos, sin = (table.repeat(layers, 1) for table in rope)
     keys = apply_rope(rows[:, 0].flatten(0, 1), cos, sin).view_as(rows[:, 0])
     return torch.stack((keys, rows[:, 1]), dim=1).transpose(2, 3).contiguous()
-
-
-def _page_locked(bodies: Sequence[Tensor]) -> list[Tensor]:
-    """The same bytes where the device can read them."""
-    elsewhere = [number for number, body in enumerate(bodies) if not body.is_pinned()]
-    locked = list(bodies)
-    if elsewhere:
-        sizes = [-(-bodies[number].numel() // 256) * 256 for number in elsewhere]
-        memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
-        for number, room in zip(elsewhere, memory.split(sizes), strict=True):
-            locked[number] = room[: bodies[number].numel()].copy_(bodies[number])
-    return locked

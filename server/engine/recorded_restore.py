@@ -1,85 +1,132 @@
 """Restores that are replayed instead of launched.
 
 A restore launches four kernels per layer on three queues of the device, which takes the host longer than it
-takes the device to run them. Long documents are restored in groups of one size, so what a group launches is
-recorded once, as a CUDA graph across the queues. Only inputs differ then: where the bytes lie, the angles
-of RoPE, and the slots. Imports Triton, so only where it runs.
+takes the device to run them. So all that a restore does is recorded, as a CUDA graph across the queues, once
+for each of a few numbers of segments; in a smaller group the last ones are missing: they have no bytes to
+copy, and their tokens no slots to be written to. What differs between restores is the graph's input: where
+the records lie, where in the prompt the tokens stand, and their slots. Imports Triton, so only where it runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import structlog
 import torch
+from torch import Tensor
 
+from aquifer.compression.codec import Codec
+from aquifer.compression.spec import SEGMENT_TOKENS
 from aquifer.server.engine.device_streams import Chain, ChainedSegments, Queues
 from aquifer.server.engine.graphs import GraphMemory, record_graph
+from aquifer.server.engine.host_slices import HostSlices
 from aquifer.server.engine.pages import PagePool
+from aquifer.server.engine.records import numbers_of
 
 log = structlog.get_logger(__name__)
 
+FEWEST, STEP = 8, 16
+"""Groups are recorded for 8, 16, 32, 48, ... segments. Sixteen are as many rows as an H200 multiplies at
+once: what is missing of the last sixteen costs next to nothing."""
+
 
 class RecordedRestores:
-    """Recordings of full groups, one for each way to cut them: with and without the start of a prompt."""
+    """Recordings, one for each number of segments and way to cut them: with and without a prompt's start."""
 
-    def __init__(self, pool: PagePool, group_segments: int) -> None:
-        self._pool, self._group_segments = pool, group_segments
+    def __init__(
+        self,
+        codec: Codec,
+        pool: PagePool,
+        rope_table: Callable[[Tensor], tuple[Tensor, Tensor]],
+        most_segments: int,
+    ) -> None:
+        """codec: with a chain. rope_table: gives cos and sin [T, D] of positions [T], without waiting for
+        them. most_segments: in a group."""
+        self._codec, self._pool, self._rope_table = codec, pool, rope_table
+        self._most = most_segments
+        # Queues of its own: other engines of this process use the common ones while this one records. One
+        # stream for all recordings: they share the memory of what they compute only on the same one.
+        self._queues, self._side = Queues(pool.keys.device), torch.cuda.Stream(pool.keys.device)
         self._memory: GraphMemory = torch.cuda.graph_pool_handle()
         self._recordings: dict[tuple[int, ...], _Recording | None] = {}
-        """By the tokens of each segment. None: launched once so far, so that everything is compiled."""
-        self._works = True
-        self.device_bytes = 0
+        """By the tokens of each segment. None: it could not be recorded."""
+
+    @property
+    def device_bytes(self) -> int:
         """What recordings keep of the device."""
+        return sum(recording.device_bytes for recording in self._recordings.values() if recording)
 
     def restore(self, segments: ChainedSegments, runs: Sequence[tuple[int, int]]) -> bool:
-        """Write the KV of a group into the slots of `runs`, if that is recorded. False: launch it."""
-        if len(segments.counts) < self._group_segments or not self._works:
+        """Write the KV of a group into the slots of `runs`. False: this cannot be replayed, launch it."""
+        if len(segments.counts) > self._most:
             return False
-        if segments.counts not in self._recordings:
-            self._recordings[segments.counts] = None
-            return False
-        recording = self._recordings[segments.counts]
-        if recording is None:
-            try:
-                recording = _Recording(segments, self._pool, self._memory)
-            except RuntimeError as error:  # out of memory, above all
-                log.warning("restores are launched, not replayed", exc_info=error)
-                self._works = False
-                return False
-            self._recordings[segments.counts] = recording
-            self.device_bytes += recording.device_bytes
-        recording.replay(segments, runs)
-        return True
+        counts = segments.counts + (SEGMENT_TOKENS,) * (self._bucket(segments) - len(segments.counts))
+        # The largest recording comes first, so that the others find room in its memory.
+        for wanted in ((SEGMENT_TOKENS,) * self._most, counts):
+            if wanted not in self._recordings:
+                self._recordings[wanted] = self._record(wanted)
+        recording = self._recordings[counts]
+        if recording is not None:
+            recording.replay(segments, runs)
+        return recording is not None
+
+    def _bucket(self, segments: ChainedSegments) -> int:
+        count = len(segments.counts)
+        return min(self._most, FEWEST if count <= FEWEST else -(-count // STEP) * STEP)
+
+    def _record(self, counts: tuple[int, ...]) -> _Recording | None:
+        try:
+            return _Recording(
+                self._codec, counts, self._pool, self._rope_table, self._queues, self._memory, self._side
+            )
+        except RuntimeError as error:  # out of memory, above all
+            log.warning("restores are launched, not replayed", segments=len(counts), exc_info=error)
+            return None
 
 
 class _Recording:
     """A graph and its inputs."""
 
-    def __init__(self, segments: ChainedSegments, pool: PagePool, memory: GraphMemory) -> None:
-        device = pool.keys.device
-        self._pool = pool
-        self._slices = segments.slices.without_records()
-        cos, sin = segments.rope
-        self._rope = cos.clone(), sin.clone()
-        self._slots = torch.zeros(sum(segments.counts), dtype=torch.int64, device=device)
-        # Those that other restores displaced are computed now: while recording nothing comes from the host.
-        self._tables = segments.decoder().tables
-        # Queues of its own: other engines of this process use the common ones meanwhile.
-        queues = Queues(device)
+    def __init__(
+        self,
+        codec: Codec,
+        counts: tuple[int, ...],
+        pool: PagePool,
+        rope_table: Callable[[Tensor], tuple[Tensor, Tensor]],
+        queues: Queues,
+        memory: GraphMemory,
+        side: torch.cuda.Stream,
+    ) -> None:
+        """counts: tokens of each segment."""
+        assert codec.chain is not None
+        chain_codec, device, tokens = codec.chain, pool.keys.device, sum(counts)
+        self._pool, self._sizes = pool, [len(counts), tokens, tokens]
+        # Where each record lies, each token's slot, and its position: of no segments at first.
+        self._inputs = torch.zeros(sum(self._sizes), dtype=torch.int64, device=device)
+        records, slots, positions = self._inputs.split(self._sizes)
+        slots.fill_(-1)
+        self._slices = HostSlices(codec, counts, records)
+        # Held, because the codec forgets the tables of groups that were not asked for lately.
+        self._tables = chain_codec.chain_decoder(counts, device).tables
 
         def launch() -> None:
             # State and landings are taken while recording and dropped, so that recordings share their memory.
-            chain = Chain(len(pool.keys), self._slices, segments.decoder(), queues)
-            chain.emit_all(self._rope, self._slots, pool)
+            chain = Chain(len(pool.keys), self._slices, chain_codec.chain_decoder(counts, device), queues)
+            chain.emit_all(rope_table(positions), slots, pool)
 
-        self._graph, self.device_bytes = record_graph(launch, memory, torch.cuda.Stream(device))
-        self.device_bytes += self._slots.nbytes + cos.nbytes + sin.nbytes
+        launch()  # so that everything is compiled
+        self._graph, grown = record_graph(launch, memory, side)
+        held = (slots, positions, *self._slices.tables, *self._tables)
+        self.device_bytes = grown + sum(table.nbytes for table in held)
 
     def replay(self, segments: ChainedSegments, runs: Sequence[tuple[int, int]]) -> None:
-        """Restore segments that are cut like the recorded ones."""
-        self._slices.follow(segments.slices)
-        for own, now in zip(self._rope, segments.rope, strict=True):
-            own.copy_(now)
-        self._slots.copy_(segments.place_sinks(self._pool, runs))
+        """Restore at most as many segments, cut like the recorded ones."""
+        numbers = torch.zeros(self._inputs.shape, dtype=torch.int64, pin_memory=self._inputs.is_cuda)
+        records, slots, positions = numbers.split(self._sizes)
+        sinks, wanted = numbers_of(runs).tensor_split([segments.first])
+        records[: len(segments.counts)] = torch.tensor(segments.records.addresses)
+        slots.fill_(-1)[: len(wanted)] = wanted
+        positions[: len(wanted)] = segments.positions
+        self._inputs.copy_(numbers, non_blocking=True)
         self._graph.replay()
+        segments.place_sinks(self._pool, sinks)

@@ -7,6 +7,11 @@ alike. So segment 0 holds tokens 4 to 255.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
 from aquifer.compression.codec import Codec
 from aquifer.compression.spec import SEGMENT_TOKENS, SINK_TOKENS
 from aquifer.compression.wire import record_bytes
@@ -18,6 +23,22 @@ def segment_span(index: int) -> tuple[int, int]:
     if index == 0:
         return SINK_TOKENS, SEGMENT_TOKENS - SINK_TOKENS
     return index * SEGMENT_TOKENS, SEGMENT_TOKENS
+
+
+def joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans (first token, number of tokens) as runs (first, last + 1), neighbours in one."""
+    runs: list[tuple[int, int]] = []
+    for start, count in spans:
+        if runs and runs[-1][1] == start:
+            runs[-1] = (runs[-1][0], start + count)
+        else:
+            runs.append((start, start + count))
+    return runs
+
+
+def numbers_of(runs: Sequence[tuple[int, int]]) -> Tensor:
+    """All tokens, or slots, of some runs (first, last + 1), one after the other: int64 [T] on the host."""
+    return torch.cat([torch.arange(first, last) for first, last in runs])
 
 
 def slot_bytes(codec: Codec, raw: Codec) -> int:

@@ -32,7 +32,8 @@ class Restorer:
         if pool.keys.is_cuda and reader.codec.chain is not None:
             from aquifer.server.engine.recorded_restore import RecordedRestores
 
-            self._recorded = RecordedRestores(pool, self.group_segments)
+            most = min(self.group_segments, pool.num_pages)
+            self._recorded = RecordedRestores(reader.codec, pool, reader.adapter.rope_table, most)
 
     @property
     def device_bytes(self) -> int:

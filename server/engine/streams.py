@@ -23,12 +23,13 @@ from aquifer.kernels.attention import attend_in_pieces
 from aquifer.kernels.rope import apply_rope
 from aquifer.server.engine.fetch import StoredRecord, StoredSegment
 from aquifer.server.engine.pages import PagePool
-from aquifer.server.engine.records import segment_span
+from aquifer.server.engine.records import joined, numbers_of, segment_span
 from aquifer.server.metrics import Metrics
 from aquifer.server.models.adapter import DecoderAdapter
 
 if TYPE_CHECKING:
-    from aquifer.server.engine.device_streams import ChainedSegments, HostSlices
+    from aquifer.server.engine.device_streams import ChainedSegments
+    from aquifer.server.engine.host_slices import HostSlices
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,9 @@ class SegmentSource:
             sinks = None
             if len(parts) == 2:
                 sinks = reader.raw.rows(_as_tensor(parts[0][1][0].body))
-            _, records, counts = parts[-1]
-            bodies = [_as_tensor(record.body) for record in records]
+            bodies = [_as_tensor(segment.record.body) for segment in segments]
             self.chained = ChainedSegments(
-                reader.codec, bodies, counts, self.spec, self._rope, sinks, self._device
+                reader.codec, bodies, spans, adapter.rope_table, sinks, self._device
             )
         else:
             self._parts = [_Records(codec, records, counts, self._device) for codec, records, counts in parts]
@@ -161,9 +161,10 @@ class _Records:
         self._sizes = list(zip(*by_record, strict=True))
         self._slices: HostSlices | None = None
         if device.type == "cuda":
-            from aquifer.server.engine.device_streams import HostSlices
+            from aquifer.server.engine.host_slices import HostRecords, HostSlices
 
-            self._slices = HostSlices(codec, bodies, counts, device)
+            self._records = HostRecords(bodies, device)
+            self._slices = HostSlices(codec, counts, self._records.on_device())
         else:
             parts = [body.split(own) for body, own in zip(bodies, by_record, strict=True)]
             self._by_layer = [list(slices) for slices in zip(*parts, strict=True)]
@@ -181,19 +182,7 @@ class _Records:
 
 def _rope_table(adapter: DecoderAdapter, spans: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
     """cos and sin [T, D] of the tokens of some spans."""
-    runs = [torch.arange(first, last, device=adapter.device) for first, last in joined(spans)]
-    return adapter.rope_table(torch.cat(runs))
-
-
-def joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Spans (first token, number of tokens) as ranges (first, last + 1), neighbours in one."""
-    runs: list[tuple[int, int]] = []
-    for start, count in spans:
-        if runs and runs[-1][1] == start:
-            runs[-1] = (runs[-1][0], start + count)
-        else:
-            runs.append((start, start + count))
-    return runs
+    return adapter.rope_table(numbers_of(joined(spans)).to(adapter.device))
 
 
 # Records are leased read-only, and torch warns, once, that it cannot promise not to write them. Nothing here

@@ -278,8 +278,8 @@ def test_the_fused_codec_compiles(
 
 
 def test_gathering_slices_compiles(compiled: _Compiled) -> None:
-    addresses = torch.zeros(128, dtype=torch.int64)
-    gather_slices(addresses, int32(128), int32(128), 132_096, torch.zeros(64, dtype=torch.uint8))
+    records, table = torch.zeros(128, dtype=torch.int64), int32(128)
+    gather_slices(records, table, table, table, 132_096, torch.zeros(64, dtype=torch.uint8))
     assert compiled == ["_gather"]
 
 

@@ -22,8 +22,9 @@ from aquifer.compression.spec import KVSpec
 from aquifer.kernels.attention import attend_ref, merge_attention
 from aquifer.kernels.rope import apply_rope
 from aquifer.server.engine import device_streams
-from aquifer.server.engine.device_streams import ChainedSegments, HostSlices, LandedLayers
+from aquifer.server.engine.device_streams import ChainedSegments, LandedLayers
 from aquifer.server.engine.fetch import StoredRecord, StoredSegment
+from aquifer.server.engine.host_slices import HostRecords, HostSlices
 from aquifer.server.engine.pages import PagePool
 from aquifer.server.engine.streams import SegmentReader
 from aquifer.server.metrics import Metrics
@@ -33,6 +34,7 @@ from aquifer.server.models.adapter import DecoderAdapter
 DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float16
 SPEC = KVSpec(num_layers=3, num_kv_heads=2, head_dim=64, dtype=DTYPE, rope="{}")
 C = SPEC.channels
+UNTOUCHED = 7.0
 COUNTS = [2, 4, 3]
 GROUPINGS = [[0, 1, 2], [2], [1, 0]]
 
@@ -180,12 +182,17 @@ class Stored:
             (torch.stack((keys[:, :4], values[:, :4]), dim=1), layers_of(self.codec, segments, COUNTS)), dim=2
         )
 
-    def segments(self, first: int = 0) -> ChainedSegments:
-        """From token `first` on, which is that of the sinks or the one behind them."""
-        rope = self.rope[0][first:], self.rope[1][first:]
+    def rope_table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self.rope
+        return cos[positions], sin[positions]
+
+    def segments(self, first: int = 0, count: int = len(COUNTS)) -> ChainedSegments:
+        """So many, from token `first` on, which is that of the sinks or the one behind them."""
         sinks = None if first else self.sinks
-        device = rope[0].device
-        return ChainedSegments(self.codec, self.bodies, COUNTS, SPEC, lambda: rope, sinks, device)
+        spans = [(4 + sum(COUNTS[:i]), COUNTS[i]) for i in range(count)]
+        return ChainedSegments(
+            self.codec, self.bodies[:count], spans, self.rope_table, sinks, self.rope[0].device
+        )
 
     def expected(self, first: int) -> Tensor:
         """Keys after RoPE and values [L, 2, H, T, D] from token `first` on."""
@@ -252,72 +259,100 @@ def test_sinks_are_restored_as_they_were(stored: Stored, device: torch.device, l
     assert torch.equal(pages[:, 1, :, 100:104], stored.expected(0)[:, 1, :, :4].to(DTYPE))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="restores are recorded on a CUDA device")
-def test_a_recorded_restore_is_a_launched_one(stored: Stored, device: torch.device) -> None:
-    from aquifer.server.engine.recorded_restore import RecordedRestores
-
-    total = 4 + sum(COUNTS)
-    pool = PagePool(SPEC, 2 * SPEC.bytes_per_token * 256, device, keep=False)
-    recorded = RecordedRestores(pool, len(COUNTS))
-    assert not recorded.restore(stored.segments(), [(0, total)])  # at first all is launched
-    for place, turned in (100, False), (200, True), (300, False):
-        if turned:  # other bytes at other addresses
-            keys, values = kv(total, device)
-            halves = -keys[:, 4:].contiguous(), values[:, 4:].flip(1).contiguous()
-            stored.bodies = [segment.cpu() for segment in stored.codec.encode(*halves, COUNTS)]
-        stored.segments().open([]).restore(pool, [(0, total)])
-        assert recorded.restore(stored.segments(), [(place, place + 5), (place + 9, place + total + 4)])
-        pages = torch.stack((pool.keys, pool.values), dim=1)
-        found = torch.cat((pages[:, :, :, place : place + 5], pages[:, :, :, place + 9 :]), dim=3)
-        assert torch.equal(found[:, :, :, :total], pages[:, :, :, :total])
-    assert recorded.device_bytes > 0
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device records by itself")
-def test_what_a_recording_needs_of_the_host_is_there_before(
-    name: str, device: torch.device, launched: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Between the restore that is launched and the one that is recorded, other prompts are restored."""
+@pytest.fixture
+def recording(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Callable[[], bool]:
+    """Whether a restore is being recorded. Without a device what was recorded runs again where it would be
+    replayed, and while it is recorded nothing may come from the host."""
     from aquifer.server.engine import recorded_restore
 
-    recording = False
+    now = False
 
     def offsets(codec: FusedAquaCodec, *which: Any) -> Tensor:
-        if recording:
+        if now:
             raise RuntimeError("operation not permitted when stream is capturing")
         return compute_offsets(codec, *which)
 
     def record_graph(launch: Callable[[], None], *_: object) -> tuple[SimpleNamespace, int]:
-        nonlocal recording
-        recording = True
+        nonlocal now
+        now = True
         launch()
-        recording = False
-        return SimpleNamespace(replay=launch), 0
+        now = False
+        return SimpleNamespace(replay=launch), 1
 
     compute_offsets = FusedAquaCodec._decode_offsets
-    monkeypatch.setattr(FusedAquaCodec, "_decode_offsets", offsets)
-    monkeypatch.setattr(recorded_restore, "record_graph", record_graph)
-    monkeypatch.setattr(recorded_restore, "Queues", lambda device: _NoQueues())
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
-    stored, total = Stored(name, device), 4 + sum(COUNTS)
+    monkeypatch.setattr(recorded_restore, "SEGMENT_TOKENS", max(COUNTS))
+    if device.type == "cpu":
+        monkeypatch.setattr(FusedAquaCodec, "_decode_offsets", offsets)
+        monkeypatch.setattr(recorded_restore, "record_graph", record_graph)
+        monkeypatch.setattr(recorded_restore, "Queues", lambda device: _NoQueues())
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    return lambda: now
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # in rows of segments that are not there
+@pytest.mark.parametrize("first", [0, 4])
+def test_a_recorded_restore_is_a_launched_one(
+    first: int, stored: Stored, device: torch.device, launched: list[str], recording: Callable[[], bool]
+) -> None:
+    """Bit for bit, of as many segments as were recorded and of fewer, from any place to any other."""
+    from aquifer.server.engine.recorded_restore import RecordedRestores
+
+    pool = PagePool(SPEC, 2 * SPEC.bytes_per_token * 256, device, keep=False)
+    recorded = RecordedRestores(stored.codec, pool, stored.rope_table, 2)
+    for number, count in enumerate((1, 2, 1)):
+        if number == 2:  # other bytes at other addresses
+            keys, values = kv(4 + sum(COUNTS), device)
+            halves = -keys[:, 4:].contiguous(), values[:, 4:].flip(1).contiguous()
+            stored.bodies = [segment.cpu() for segment in stored.codec.encode(*halves, COUNTS)]
+        tokens, place = 4 - first + sum(COUNTS[:count]), 100 * (1 + number)
+        pool.keys.fill_(UNTOUCHED), pool.values.fill_(UNTOUCHED)
+        stored.segments(first, count).open([]).restore(pool, [(0, tokens)])
+        runs = [(place, place + 2), (place + 9, place + 7 + tokens)]
+        assert recorded.restore(stored.segments(first, count), runs)
+        pages = torch.stack((pool.keys, pool.values), dim=1)
+        found = torch.cat([pages[:, :, :, start:stop] for start, stop in runs], dim=3)
+        assert torch.equal(found, pages[:, :, :, :tokens])
+        assert (pages == UNTOUCHED).all(dim=4).sum() == pages.shape[:4].numel() - 12 * tokens * 2
+    assert recorded.device_bytes > 0
+    too_many = cast(ChainedSegments, SimpleNamespace(counts=(4,) * 3))
+    assert not recorded.restore(too_many, [])
+
+
+def test_groups_are_recorded_for_a_few_numbers_of_segments(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, recording: Callable[[], bool]
+) -> None:
+    """The largest first; and what could not be recorded is launched, but nothing else is."""
+    from aquifer.server.engine import recorded_restore
+
+    made: list[int] = []
+
+    def make(codec: object, counts: tuple[int, ...], *_: object) -> SimpleNamespace:
+        made.append(len(counts))
+        if len(counts) == 48:
+            raise torch.OutOfMemoryError("no room")
+        return SimpleNamespace(replay=lambda *_: None, device_bytes=len(counts))
+
+    monkeypatch.setattr(recorded_restore, "_Recording", make)
     pool = PagePool(SPEC, SPEC.bytes_per_token * 256, device, keep=False)
-    recorded = recorded_restore.RecordedRestores(pool, len(COUNTS))
-    assert not recorded.restore(stored.segments(), [(0, total)])
-    stored.segments().open([]).restore(pool, [(0, total)])
-    for tokens in range(1, 9):
-        stored.codec.decoder([tokens], device)
-    assert recorded.restore(stored.segments(), [(100, 100 + total)])
-    pages = torch.stack((pool.keys, pool.values), dim=1)
-    close(pages[:, :, :, 100 : 100 + total], stored.expected(0))
+    codec, _ = codec_pair("higgs:3", device)
+    recorded = recorded_restore.RecordedRestores(codec, pool, lambda positions: (positions,) * 2, 100)
+
+    def restored(count: int) -> bool:
+        return recorded.restore(cast(ChainedSegments, SimpleNamespace(counts=(4,) * count)), [])
+
+    assert [count for count in (1, 8, 9, 33, 40, 65, 99) if not restored(count)] == [33, 40]
+    assert made == [100, 8, 16, 48, 80]
+    assert recorded.device_bytes == 100 + 8 + 16 + 80
 
 
 def test_a_source_goes_with_its_last_user(device: torch.device) -> None:
     """And with it the device's memory and page-locked memory that it holds."""
     codec, _ = codec_pair("aqua:2", device)
-    table = torch.zeros(256, SPEC.head_dim, dtype=DTYPE, device=device)
+    angles = torch.zeros(256, SPEC.head_dim, dtype=DTYPE, device=device)
     adapter = cast(
-        DecoderAdapter, SimpleNamespace(spec=SPEC, device=device, rope_table=lambda positions: (table, table))
+        DecoderAdapter,
+        SimpleNamespace(spec=SPEC, device=device, rope_table=lambda positions: (angles[positions],) * 2),
     )
     raw = RawCodec(SPEC)
     rows, sinks = (
@@ -340,7 +375,8 @@ def test_layers_of_any_codec_land_in_order(device: torch.device, launched: list[
     keys, values = kv(40, device)
     bodies = [segment.cpu() for segment in raw.encode(keys, values, [24, 16])]
     sizes = [[raw.layer_bytes(layer, n) for n in (24, 16)] for layer in range(SPEC.num_layers)]
-    slices = HostSlices(raw, bodies, [24, 16], device)
+    records = HostRecords(bodies, device)
+    slices = HostSlices(raw, [24, 16], records.on_device())
     next_layer = LandedLayers(slices, raw.decoder([24, 16], device), sizes)
     for expected in zip(keys, values, strict=True):
         assert torch.equal(torch.stack(next_layer()), torch.stack(expected))

@@ -25,10 +25,12 @@ def test_slices_land_in_their_places_and_nowhere_else(
     expected = found.clone()
     gather_slices_ref(slices, places, expected)
     found = found.to(device)
+    places.insert(1, 8)  # of a record that is not there
     gather_slices(
-        torch.tensor([piece.data_ptr() for piece in slices]).to(device),
+        torch.tensor([host.data_ptr(), 0, *[host.data_ptr()] * (len(sizes) - 1)]).to(device),
+        torch.tensor([starts[0], 16, *starts[1:]], dtype=torch.int32).to(device),
         torch.tensor(places, dtype=torch.int32).to(device),
-        torch.tensor(sizes, dtype=torch.int32).to(device),
+        torch.tensor([sizes[0], 48, *sizes[1:]], dtype=torch.int32).to(device),
         max(sizes),
         found,
         programs=programs,
@@ -41,7 +43,7 @@ def test_slices_land_in_their_places_and_nowhere_else(
 def test_arguments_that_do_not_fit_are_refused(device: torch.device) -> None:
     number, wide = torch.zeros(1, dtype=torch.int32, device=device), torch.zeros(1, dtype=torch.int64)
     target = torch.zeros(64, dtype=torch.uint8, device=device)
-    with pytest.raises(ValueError, match="addresses is"):
-        gather_slices(number, number, number, 16, target)
+    with pytest.raises(ValueError, match="records is"):
+        gather_slices(number, number, number, number, 16, target)
     with pytest.raises(ValueError, match="sizes is"):
-        gather_slices(wide.to(device), number, number.expand(2), 16, target)
+        gather_slices(wide.to(device), number, number, number.expand(2), 16, target)
