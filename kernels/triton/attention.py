@@ -1,12 +1,13 @@
-"""Decode attention over pages, split along the cache so that a single long request fills the device; and the
-merge of attention over pieces.
+"""Attention of few new tokens over pages, split along the cache so that a single long request fills the
+device; and the merge of attention over pieces.
 
-One program attends the query heads of one KV head to one split of one request; a second, small kernel joins
-the splits by the rule of `merge_attention`. The log-sum-exp comes out as well, so that the result can be
-merged with attention over what lies elsewhere (segments that are streamed, rows that were selected).
+One program attends some tokens' query heads of one KV head to one split of one request; a second, small
+kernel joins the splits by the rule of `merge_attention`. The log-sum-exp comes out as well, so that the
+result can be merged with attention over what lies elsewhere (segments that are streamed, rows that were
+selected).
 
-Bytes moved: K and V of every token once, 2 * H * T * D elements per request, and for every split
-4 * Hq * (D + 1) bytes written and read again.
+Bytes moved: K and V of every token once, 2 * H * T * D elements per request (from the L2 cache once for every
+tile of query tokens), and for every split 4 * Hq * (D + 1) bytes per query token written and read again.
 """
 
 from collections.abc import Sequence
@@ -24,6 +25,12 @@ PROGRAMS = 8192
 """What the default number of splits aims at: many times what a device runs at once, so that one long request
 among short ones is spread over it, too. On an H200, 131,072 tokens beside 15 x 1,024 take 147 us with 64
 splits and 421 with 8; where all are alike it makes no difference."""
+
+TILE_PROGRAMS = 256
+"""The same where a request has several query tokens, and a tile of them keeps its program busy."""
+
+TILE_ROWS, TILE_ELEMENTS = 128, 1 << 14
+"""Of queries that one program attends at once. More would spill registers; in float32 more than one token."""
 
 BLOCK_BYTES = 1 << 14
 """Of keys that a program multiplies at once. More spills registers."""
@@ -51,29 +58,36 @@ def _attend_split(
     lengths: tl.tensor,
     partial_out: tl.tensor,
     partial_lse: tl.tensor,
+    count: tl.tensor,
     table_stride: tl.tensor,
     table_head_stride: tl.tensor,
     head_stride: tl.tensor,
     SCORE_SCALE: tl.constexpr,
     GROUP: tl.constexpr,
+    TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One split of one request for one KV head. Scores are in powers of two, which exp2 wants."""
-    split, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    length = tl.load(lengths + request)
-    blocks = tl.cdiv(length, BLOCK)
+    """One split for one KV head and a tile of a request's `count` query tokens. Scores are in powers of two,
+    which exp2 wants."""
+    split, head = tl.program_id(0), tl.program_id(1)
+    tiles = tl.cdiv(count, TOKENS)
+    request, first_query = tl.program_id(2) // tiles, tl.program_id(2) % tiles * TOKENS
+    row, channel = tl.arange(0, ROWS), tl.arange(0, HEAD_DIM)
+    query = first_query + row // GROUP
+    exists = (row < TOKENS * GROUP) & (query < count)
+    length = tl.load(lengths + request * count + query, mask=exists, other=0)
+    longest = tl.max(length, axis=0)
+    blocks = tl.cdiv(longest, BLOCK)
     per_split = _blocks_per_split(blocks, tl.num_programs(0), BLOCK)
     first, last = split * per_split, tl.minimum(blocks, (split + 1) * per_split)
     if first >= last:
         return
 
-    row, channel = tl.arange(0, ROWS), tl.arange(0, HEAD_DIM)
-    query_head = (request * tl.num_programs(1) + head) * GROUP + row
-    in_group = row[:, None] < GROUP
-    q = tl.load(queries + query_head[:, None] * HEAD_DIM + channel[None, :], mask=in_group, other=0.0)
+    query_head = ((request * count + query) * tl.num_programs(1) + head) * GROUP + row % GROUP
+    q = tl.load(queries + query_head[:, None] * HEAD_DIM + channel[None, :], mask=exists[:, None], other=0.0)
     keys += head.to(tl.int64) * head_stride
     values += head.to(tl.int64) * head_stride
     block_tables += request * table_stride + head * table_head_stride
@@ -83,25 +97,27 @@ def _attend_split(
     out = tl.zeros([ROWS, HEAD_DIM], dtype=tl.float32)
     for block in range(first, last):
         token = block * BLOCK + tl.arange(0, BLOCK)
-        valid = token < length
+        valid = token < longest
         page = tl.load(block_tables + token // PAGE, mask=valid, other=0)
         place = (page.to(tl.int64) * PAGE + token % PAGE)[:, None] * HEAD_DIM + channel[None, :]
         k = tl.load(keys + place, mask=valid[:, None], other=0.0)
         score = tl.dot(q, tl.trans(k), input_precision="ieee") * SCORE_SCALE
-        score = tl.where(valid[None, :], score, float("-inf"))
-        # The first token of a block always exists, so the new maximum is finite.
+        score = tl.where(token[None, :] < length[:, None], score, float("-inf"))
         new_top = tl.maximum(top, tl.max(score, axis=1))
-        weight = tl.exp2(score - new_top[:, None])
-        kept = tl.exp2(top - new_top)
+        # A row whose query sees nothing yet weighs nothing, and stays free of infinity minus infinity.
+        finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weight = tl.exp2(score - finite_top[:, None])
+        kept = tl.exp2(top - finite_top)
         total = total * kept + tl.sum(weight, axis=1)
         v = tl.load(values + place, mask=valid[:, None], other=0.0)
         out = out * kept[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
         top = new_top
 
     partial = query_head.to(tl.int64) * tl.num_programs(0) + split
-    tl.store(partial_lse + partial, top + tl.log2(total), mask=row < GROUP)
+    total = tl.where(top == float("-inf"), 1.0, total)
+    tl.store(partial_lse + partial, top + tl.log2(total), mask=exists)
     place = partial[:, None] * HEAD_DIM + channel[None, :]
-    tl.store(partial_out + place, out / total[:, None], mask=in_group)
+    tl.store(partial_out + place, out / total[:, None], mask=exists[:, None])
 
 
 @triton.jit
@@ -113,14 +129,19 @@ def _merge_splits(
     lse: tl.tensor,
     num_splits: tl.tensor,
     query_heads: tl.tensor,
+    count: tl.tensor,
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
+    TOKENS: tl.constexpr,
 ) -> None:
-    """All splits of one query head of one request."""
+    """All splits of one head of one query token, whose tile was split by its longest."""
     query_head = tl.program_id(0)
     split, channel = tl.arange(0, SPLITS), tl.arange(0, HEAD_DIM)
-    blocks = tl.cdiv(tl.load(lengths + query_head // query_heads), BLOCK)
+    request, query = query_head // query_heads // count, query_head // query_heads % count
+    tile = query // TOKENS * TOKENS + tl.arange(0, TOKENS)
+    longest = tl.max(tl.load(lengths + request * count + tile, mask=tile < count, other=0), axis=0)
+    blocks = tl.cdiv(longest, BLOCK)
     there = split < tl.cdiv(blocks, _blocks_per_split(blocks, num_splits, BLOCK))
     partial = query_head.to(tl.int64) * num_splits + split
     each_lse = tl.load(partial_lse + partial, mask=there, other=float("-inf"))
@@ -149,43 +170,50 @@ def attend_pages(
     splits: int | None = None,
     block_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of one query token of each of many requests to its cache, in one layer.
+    """Attention of one or some query tokens of each of many requests to its cache, in one layer.
 
-    q: [B, Hq, D]; D is a power of two from 16 to 256
+    q: [B * R, Hq, D], R query tokens of each request side by side; D is a power of two from 16 to 256
     keys, values: [H, slots, D], the pool of one layer, in q's dtype, the slots of a head side by side
     block_tables: int32 [B, pages], the pages of each request in order; or [B, H, pages] where every KV head
         has its own
-    lengths: int32 [B], tokens to attend to; may be 0
+    lengths: int32 [B * R], the first tokens of its request that a query token attends to; may be 0
     page_tokens: slots per page, a power of two. With 1, block tables are lists of single slots, such as the
         rows that selective decoding fetched.
-    splits: programs per request and KV head; at most 64; by default so many that the device is full
-    block_tokens: tokens per product of matrices; by default as many as the registers hold, at most 64
-    Returns (out [B, Hq, D] in q's dtype, lse float32 [B, Hq]); 0 and -inf for a request without tokens.
+    splits: programs per tile of query tokens and KV head; at most 64; by default as many as fill the device
+    block_tokens: tokens per product of matrices; by default as many as the registers hold, at most 128
+    Returns (out [B * R, Hq, D] in q's dtype, lse float32 [B * R, Hq]); 0 and -inf for a query without tokens.
     Scores are scaled by 1/sqrt(D).
     Twin: aquifer.kernels.attention.attend_pages.
     """
-    requests, num_q_heads, head_dim = q.shape
-    num_heads = len(keys)
+    queries, num_q_heads, head_dim = q.shape
+    requests, num_heads = len(block_tables), len(keys)
     per_head = block_tables.ndim == 3
     expect("q", q, (None, None, None), FLOATS)
     expect_pool(keys, values, None, head_dim, q.dtype)
     expect("block_tables", block_tables, (requests, *([num_heads] if per_head else []), None), torch.int32)
-    expect("lengths", lengths, (requests,), torch.int32)
+    expect("lengths", lengths, (queries,), torch.int32)
     expect_power_of_two("head_dim", head_dim, 16, 256)
     expect_power_of_two("page_tokens", page_tokens, 1, 1 << 16)
-    if block_tokens is None:
-        block_tokens = max(16, min(64, BLOCK_BYTES // (head_dim * q.element_size())))
-    expect_power_of_two("block_tokens", block_tokens, 16, 256)
+    if queries % requests:
+        raise ValueError(f"{queries} query tokens do not divide into {requests} requests")
     if num_q_heads % num_heads:
         raise ValueError(f"{num_q_heads} query heads do not divide into groups of {num_heads} KV heads")
+    count, group = queries // requests, num_q_heads // num_heads
+    most = max(1, min(TILE_ROWS, TILE_ELEMENTS // head_dim) // group) if q.element_size() == 2 else 1
+    tile = min(triton.next_power_of_2(count), 1 << most.bit_length() - 1)
+    tiles = requests * triton.cdiv(count, tile)
+    if block_tokens is None:
+        block_tokens = max(16, min(64, BLOCK_BYTES // (head_dim * q.element_size())))
+        block_tokens *= 2 if tile > 1 and head_dim <= 128 else 1
+    expect_power_of_two("block_tokens", block_tokens, 16, 256)
     blocks = -(-block_tables.shape[-1] * page_tokens // block_tokens)
     if splits is None:
-        splits = PROGRAMS // (requests * num_heads)
+        splits = (PROGRAMS if tile == 1 else TILE_PROGRAMS) // (tiles * num_heads)
     splits = max(1, min(splits, blocks, MAX_SPLITS))
-    group = num_q_heads // num_heads
-    partial_out = torch.empty(requests, num_q_heads, splits, head_dim, device=q.device)
-    partial_lse = torch.empty(requests, num_q_heads, splits, device=q.device)
-    _attend_split[(splits, num_heads, requests)](
+    partial_out = torch.empty(queries, num_q_heads, splits, head_dim, device=q.device)
+    partial_lse = torch.empty(queries, num_q_heads, splits, device=q.device)
+    rows = max(16, triton.next_power_of_2(tile * group))  # tensor cores take 16
+    _attend_split[(splits, num_heads, tiles)](
         q.contiguous(),
         keys,
         values,
@@ -193,21 +221,24 @@ def attend_pages(
         lengths,
         partial_out,
         partial_lse,
+        count,
         block_tables.stride(0),
         block_tables.stride(1) if per_head else 0,
         keys.stride(0),
         SCORE_SCALE=head_dim**-0.5 / 0.6931471805599453,
         GROUP=group,
-        ROWS=max(16, triton.next_power_of_2(group)),  # tensor cores take 16 rows
+        TOKENS=tile,
+        ROWS=rows,
         HEAD_DIM=head_dim,
         PAGE=page_tokens,
         BLOCK=block_tokens,
-        num_warps=4 if q.element_size() == 2 else 8,  # float32 spills registers with four
+        # More rows, or float32, spill registers with four.
+        num_warps=4 if q.element_size() == 2 and rows <= 64 else 8,
         num_stages=3,
     )
-    out = torch.empty(requests, num_q_heads, head_dim, dtype=q.dtype, device=q.device)
-    lse = torch.empty(requests, num_q_heads, device=q.device)
-    _merge_splits[(requests * num_q_heads,)](
+    out = torch.empty(queries, num_q_heads, head_dim, dtype=q.dtype, device=q.device)
+    lse = torch.empty(queries, num_q_heads, device=q.device)
+    _merge_splits[(queries * num_q_heads,)](
         partial_out,
         partial_lse,
         lengths,
@@ -215,9 +246,11 @@ def attend_pages(
         lse,
         splits,
         num_q_heads,
+        count,
         HEAD_DIM=head_dim,
         BLOCK=block_tokens,
         SPLITS=triton.next_power_of_2(splits),
+        TOKENS=tile,
         num_warps=4,
     )
     return out, lse

@@ -94,23 +94,19 @@ class GraphedStep:
     ) -> None:
         """memory: of the graphs. None: compute every step instead of recording it, as a CPU must."""
         self._adapter, self._pool, self._attention = adapter, pool, attention
-        self._memory, self._max_rows = memory, max_rows
+        self._max_rows = max_rows
         # Token ids, positions and slots.
         self._host, self._inputs = host_and_device(3 * max_rows, adapter.device)
         self._ids, self._positions, self._slots = self._inputs.view(3, max_rows)
         self._logits = torch.empty(max_rows, adapter.vocab_size, device=adapter.device)
         # The most likely tokens and the bits of their log probabilities: read back in one piece.
         self._best = torch.empty(2, max_rows, dtype=torch.int32, device=adapter.device)
-        # One stream for all recordings: libraries keep working memory for each stream they see.
-        self._side: torch.cuda.Stream | None = None
-        self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
-        """By number of rows. None: it could not be recorded, so steps of so many are computed."""
-        self._graph_bytes = 0
+        self._recordings = Recordings(self._compute, memory)
 
     @property
     def device_bytes(self) -> int:
-        own = sum(t.numel() * t.element_size() for t in (self._inputs, self._logits, self._best))
-        return own + self._graph_bytes + self._attention.device_bytes
+        own = sum(t.nbytes for t in (self._inputs, self._logits, self._best))
+        return own + self._recordings.device_bytes + self._attention.device_bytes
 
     def accepts(self, row: Rows) -> bool:
         return self._attention.accepts(row)
@@ -118,12 +114,11 @@ class GraphedStep:
     @torch.inference_mode()
     def run(self, rows: Sequence[Rows]) -> list[StepResult]:
         bucket = bucket_of(len(rows), self._max_rows)
-        graph = self._graph(bucket)
+        if self._recordings.wants(bucket):
+            self._fill([], bucket)
+            self._recordings.record(bucket)
         self._fill(rows, bucket)
-        if graph is None:
-            self._compute(bucket)
-        else:
-            graph.replay()
+        self._recordings.run(bucket)
         results = self._read(rows)
         self._attention.done()
         return results
@@ -156,29 +151,6 @@ class GraphedStep:
         self._best[0, :bucket] = best[:, 0]
         self._best[1, :bucket] = logprobs[:, 0].view(torch.int32)
 
-    def _graph(self, bucket: int) -> torch.cuda.CUDAGraph | None:
-        if self._memory is None:
-            return None
-        if bucket not in self._graphs:
-            try:
-                self._graphs[bucket] = self._record(bucket, self._memory)
-            except RuntimeError as error:  # out of memory, above all
-                log.warning("steps are computed, not replayed", rows=bucket, exc_info=error)
-                self._graphs[bucket] = None
-        return self._graphs[bucket]
-
-    def _record(self, bucket: int, memory: GraphMemory) -> torch.cuda.CUDAGraph:
-        self._fill([], bucket)
-        self._side = self._side or torch.cuda.Stream(self._adapter.device)
-        current, side = torch.cuda.current_stream(), self._side
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            self._compute(bucket)
-        current.wait_stream(side)
-        graph, num_bytes = record_graph(lambda: self._compute(bucket), memory, side)
-        self._graph_bytes += num_bytes
-        return graph
-
     def _read(self, rows: Sequence[Rows]) -> list[StepResult]:
         """As `ModelRunner.step`."""
         results: dict[int, StepResult] = {}
@@ -192,6 +164,51 @@ class GraphedStep:
             logits = [self._logits[number : number + 1] for number in others]
             results |= zip(others, settle(logits, [rows[number].pick for number in others]), strict=True)
         return [results[number] for number in range(len(rows))]
+
+
+class Recordings:
+    """A computation that is recorded once per size, and replayed then."""
+
+    def __init__(self, compute: Callable[[int], None], memory: GraphMemory | None) -> None:
+        """compute: starts what a graph of a size holds; its inputs lie at the same addresses each time.
+        memory: of the graphs. None: compute every time instead of recording, as a CPU must."""
+        self._compute, self._memory = compute, memory
+        # One stream for all recordings: libraries keep working memory for each stream they see.
+        self._side: torch.cuda.Stream | None = None
+        self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
+        """By size. None: it could not be recorded, so it is computed."""
+        self.device_bytes = 0
+        """What the graphs keep."""
+
+    def wants(self, size: int) -> bool:
+        """Whether to call `record` before this size runs for the first time."""
+        return self._memory is not None and size not in self._graphs
+
+    def record(self, size: int) -> None:
+        """Compute once, so that everything is compiled, and record. Inputs must be harmless."""
+        try:
+            self._graphs[size] = self._record(size, self._memory)
+        except RuntimeError as error:  # out of memory, above all
+            log.warning("computed, not replayed", size=size, exc_info=error)
+            self._graphs[size] = None
+
+    def run(self, size: int) -> None:
+        graph = self._graphs.get(size)
+        if graph is None:
+            self._compute(size)
+        else:
+            graph.replay()
+
+    def _record(self, size: int, memory: GraphMemory) -> torch.cuda.CUDAGraph:
+        self._side = self._side or torch.cuda.Stream()
+        current, side = torch.cuda.current_stream(), self._side
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            self._compute(size)
+        current.wait_stream(side)
+        graph, num_bytes = record_graph(lambda: self._compute(size), memory, side)
+        self.device_bytes += num_bytes
+        return graph
 
 
 def record_graph(

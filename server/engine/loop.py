@@ -18,6 +18,7 @@ import structlog
 from aquifer.server.engine.admission import Admission
 from aquifer.server.engine.decoding import OneByOne, Verified
 from aquifer.server.engine.fetch import Fetched, Fetcher
+from aquifer.server.engine.graphed_chunks import graphed_chunks
 from aquifer.server.engine.graphs import graphed_steps
 from aquifer.server.engine.parts import EngineParts
 from aquifer.server.engine.reading import Claims, PromptReader
@@ -55,7 +56,11 @@ class StepLoop:
         self._parts, self._admission, self._post = parts, admission, post
         self._limits, self._metrics = parts.limits, parts.metrics
         self._runner = ModelRunner(
-            parts.adapter, parts.pool, graphed_steps(parts), staging_limit=parts.limits.staging_bytes
+            parts.adapter,
+            parts.pool,
+            graphed_steps(parts),
+            graphed_chunks(parts),
+            staging_limit=parts.limits.staging_bytes,
         )
         self._reader = SegmentReader(parts.adapter, parts.codec, parts.raw, parts.metrics)
         self._fetcher = Fetcher(parts.codec, parts.raw, parts.store, parts.gate)

@@ -115,7 +115,7 @@ class PromptReader:
         if state.request.score_ids:
             self._score(state, start, hidden)
         elif not state.ranges and not state.request.prompt_only:
-            state.first_choice = state.sampler.choose(self._runner.logits(hidden[-1:]).cpu()[0])
+            state.first_choice = self._runner.next_choice(hidden[-1:], state.sampler)
         took_one = self._wait(hidden, last=not state.ranges)
         seconds = time.perf_counter() - started
         state.prefill_seconds += seconds

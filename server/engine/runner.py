@@ -14,7 +14,7 @@ from aquifer.kernels.attention import attend, attend_in_pieces, merge_attention
 from aquifer.server.engine.fetch import StoredSegment
 from aquifer.server.engine.host_memory import until_read
 from aquifer.server.engine.pages import BlockTable, PagePool
-from aquifer.server.engine.sampling import Pick, StepResult, settle
+from aquifer.server.engine.sampling import Choice, Pick, Sampler, StepResult, settle
 from aquifer.server.engine.streams import SegmentReader, SegmentSource
 from aquifer.server.models.adapter import DecoderAdapter
 
@@ -77,6 +77,20 @@ class FastStep(Protocol):
         """As `ModelRunner.step`."""
 
 
+class FastChunk(Protocol):
+    """A faster way to compute chunks of prompts of some kind."""
+
+    @property
+    def device_bytes(self) -> int:
+        """What it holds on the device besides pages and landmarks."""
+
+    def accepts(self, row: Rows) -> bool:
+        """Whether it can compute this chunk."""
+
+    def run(self, row: Rows) -> tuple[Tensor, LayerKV]:
+        """As `ModelRunner.prefill`."""
+
+
 class ModelRunner:
     """Joins the adapter (arithmetic of the model) with the pool (where its KV lies)."""
 
@@ -85,28 +99,42 @@ class ModelRunner:
         adapter: DecoderAdapter,
         pool: PagePool,
         fast: Sequence[FastStep] = (),
+        fast_chunk: FastChunk | None = None,
         *,
         staging_limit: int | None = None,
     ) -> None:
         """staging_limit: device bytes that sequences of one pass may take besides pages; None: any."""
         self._adapter = adapter
         self._pool = pool
-        self._fast = fast
+        self._fast, self._fast_chunk = fast, fast_chunk
         self._staging_limit = staging_limit
         self._pass_bytes = 0
 
     @property
     def staging_bytes(self) -> int:
         """Device bytes of the pass that is running or was the last step, and of what waits for the next."""
-        return self._pass_bytes + sum(fast.device_bytes for fast in self._fast)
+        kept = sum(fast.device_bytes for fast in self._fast)
+        return self._pass_bytes + kept + (self._fast_chunk.device_bytes if self._fast_chunk else 0)
 
     def prefill(self, token_ids: Sequence[int], start: int, cache: SequenceCache) -> tuple[Tensor, LayerKV]:
         """Compute a chunk of one sequence. Returns hidden states [T, hidden] and the KV before RoPE."""
+        row = Rows(token_ids, start, cache)
+        if self._fast_chunk and self._fast_chunk.accepts(row):
+            self._pass_bytes = 0
+            return self._fast_chunk.run(row)
         spec, device = self._adapter.spec, self._adapter.device
         shape = (spec.num_layers, len(token_ids), spec.channels)
         keys, values = (torch.empty(shape, dtype=spec.dtype, device=device) for _ in range(2))
         kept = LayerKV(keys, values)
-        return self._forward([Rows(token_ids, start, cache)], kept), kept
+        return self._forward([row], kept), kept
+
+    def next_choice(self, hidden: Tensor, sampler: Sampler) -> Choice:
+        """The token after a prompt. hidden: [1, hidden] of its last token."""
+        (result,) = self._settled(self._adapter.logits(hidden), [1], [sampler.pick])
+        if isinstance(result, Tensor):
+            return sampler.choose(result[0])
+        assert isinstance(result, Choice)  # it was one token
+        return result
 
     def step(self, rows: Sequence[Rows]) -> list[StepResult]:
         """Compute new tokens of many sequences together.
@@ -142,10 +170,15 @@ class ModelRunner:
 
     def _step_plainly(self, rows: Sequence[Rows]) -> list[StepResult]:
         logits = self._adapter.logits(self._forward(rows))
-        counts = [len(row.token_ids) for row in rows]
+        return self._settled(logits, [len(row.token_ids) for row in rows], [row.pick for row in rows])
+
+    def _settled(
+        self, logits: Tensor, counts: Sequence[int], picks: Sequence[Pick | None]
+    ) -> list[StepResult]:
+        """What follows tokens of sequences of so many each. logits: [N, vocab]."""
         if self._adapter.backend.fuses:
-            return settle(logits.split(counts), [row.pick for row in rows])
-        return list(logits.cpu().split(counts))
+            return settle(logits.split(list(counts)), picks)
+        return list(logits.cpu().split(list(counts)))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [N, hidden]. Returns [N, vocab] float32."""

@@ -72,6 +72,9 @@ def _answer(engine: Engine, off_device: KVMode) -> None:
     length = min(_PROMPT_TOKENS, info.max_prompt_tokens, info.max_total_tokens - _NEW_TOKENS)
     prompt = tuple(number % info.vocab_size for number in range(length))
     sampling = SamplingParams(max_new_tokens=_NEW_TOKENS, ignore_eos=True)
-    for number, mode in enumerate(("resident", "resident", off_device)):
-        engine.generate([GenerateRequest(f"warm-up-{number}", prompt, sampling, mode=mode)])
+    question = prompt[: _SEGMENTS * SEGMENT_TOKENS + 10]
+    ways: list[tuple[tuple[int, ...], KVMode]] = [(prompt, "resident")] * 2
+    ways += [(question, "resident"), (prompt, off_device)]  # few tokens have a kernel of their own
+    for number, (ids, mode) in enumerate(ways):
+        engine.generate([GenerateRequest(f"warm-up-{number}", ids, sampling, mode=mode)])
         engine.flush(timeout=60)

@@ -49,6 +49,7 @@ class DecoderAdapter:
         config = model.config
         self.num_q_heads: int = config.num_attention_heads
         self.vocab_size: int = config.vocab_size
+        self.hidden_size: int = config.hidden_size
         self.max_positions: int = config.max_position_embeddings
         attention = self._body.layers[0].self_attn
         self.device: torch.device = attention.k_proj.weight.device

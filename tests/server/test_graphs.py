@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from aquifer.kernels.backend import PLAIN, backend_for
-from aquifer.server.engine.graphs import GraphedStep, PagedLanes, bucket_of
+from aquifer.server.engine.graphs import GraphedStep, PagedLanes, Recordings, bucket_of
 from aquifer.server.engine.pages import BlockTable, PagePool
 from aquifer.server.engine.runner import ModelRunner, PagedCache, Rows
 from aquifer.server.engine.sampling import Choice, Sampler
@@ -186,12 +186,12 @@ def test_steps_that_cannot_be_recorded_are_computed(monkeypatch: pytest.MonkeyPa
     cache = setting.read(300, 1)
     tries: list[int] = []
 
-    def fail(step: GraphedStep, bucket: int, memory: object) -> None:
+    def fail(recordings: Recordings, bucket: int, memory: object) -> None:
         tries.append(bucket)
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(GraphedStep, "_record", fail)
-    monkeypatch.setattr(setting.step, "_memory", (0, 1))
+    monkeypatch.setattr(Recordings, "_record", fail)
+    monkeypatch.setattr(setting.step._recordings, "_memory", (0, 1))
     rows = [Rows([5], 300, cache)]
     for _ in range(3):
         torch.testing.assert_close(setting.fast.step(rows), setting.plain.step(rows), rtol=1e-4, atol=1e-4)

@@ -34,8 +34,9 @@ def test_a_warmed_up_engine_serves_as_if_nothing_had_happened(
     monkeypatch.setattr(Engine, "generate", watched)
     before = engine._parts.metrics.render()
     warm_up(engine._parts, engine.info)
-    cold, restored, off_device = asked
+    cold, restored, short, off_device = asked
     assert (cold.computed_tokens, restored.cached.ram) == (cold.prompt_tokens, 1024)
+    assert (short.computed_tokens, short.cached.ram) == (10, 1024)
     assert off_device.kv.mode == ("verified" if index_pages else "streamed")
     assert engine.store.ram.stats().entries == 0
     assert engine._parts.metrics.render() == before

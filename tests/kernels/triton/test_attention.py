@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from aquifer.kernels import attention
 from aquifer.kernels.attention import attend_ref, merge_attention
 from aquifer.kernels.triton.attention import attend_pages, merge_parts
 
@@ -45,6 +46,22 @@ def test_pages_of_many_requests_equal_their_twin(
         expected, expected_lse = attend_ref(q[request, :, None], keys[:, slots], values[:, slots])
         found = out[request, :, None], lse[request, :, None]
         expect_equal(found, (expected, expected_lse), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("group", "queries"), [(3, 5), (4, 70)])
+def test_some_tokens_of_each_request_see_as_much_as_each_may(
+    group: int, queries: int, dtype: torch.dtype, device: torch.device, launched: list[str]
+) -> None:
+    """New tokens that see each other causally behind pasts of different lengths; some see nothing."""
+    keys = normal(2, 5 * 256, 64, dtype=dtype, device=device)
+    values = keys.flip(1)
+    tables = int32([[2, 0, -1], [4, 1, 3]], device)
+    lengths = int32([*range(200, 200 + queries), *range(500, 498 + queries), 0, 0], device)
+    q = 2 * normal(2 * queries, 2 * group, 64, dtype=dtype, device=device)
+    found = attend_pages(q, keys, values, tables, lengths, splits=5)
+    assert launched == KERNELS
+    expect_equal(found, attention.attend_pages(q, keys, values, tables, lengths), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("splits", [None, 1, 2, 99])

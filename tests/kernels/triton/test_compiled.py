@@ -138,13 +138,16 @@ def test_a_layer_of_selective_decoding_compiles(
     ]
 
 
-@pytest.mark.parametrize("page_tokens", [1, 256])
+@pytest.mark.parametrize(("page_tokens", "queries"), [(1, 1), (256, 1), (256, 64)])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("head_dim", [16, 64, 128, 256])
-def test_attention_compiles(head_dim: int, dtype: torch.dtype, page_tokens: int, compiled: _Compiled) -> None:
+def test_attention_compiles(
+    head_dim: int, dtype: torch.dtype, page_tokens: int, queries: int, compiled: _Compiled
+) -> None:
     pool = torch.zeros(HEADS, SLOTS, head_dim, dtype=dtype)
-    q = torch.zeros(2, HEADS * GROUP, head_dim, dtype=dtype)
-    attend_pages(q, pool, pool, int32(2, SLOTS // page_tokens), int32(2), page_tokens=page_tokens)
+    q = torch.zeros(2 * queries, HEADS * GROUP, head_dim, dtype=dtype)
+    tables, lengths = int32(2, SLOTS // page_tokens), int32(2 * queries)
+    attend_pages(q, pool, pool, tables, lengths, page_tokens=page_tokens)
     assert compiled == ["_attend_split", "_merge_splits"]
 
 
