@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass
 from functools import cache, partial
 from queue import SimpleQueue
 from time import perf_counter
@@ -16,6 +16,7 @@ from aquifer.benchmarks.engines import FIRST_ID, Needs, engine_for, plant, rando
 from aquifer.benchmarks.geometries import Subject
 from aquifer.benchmarks.harness import Contestant, LeftOutError, Report, Row, Run
 from aquifer.benchmarks.limits import decode_bytes, measure_limits, prefill_flop
+from aquifer.benchmarks.memory import DecodingMemory
 from aquifer.benchmarks.peers import PeerName, hf_decode, hf_prefill, load_hf, taking_part
 from aquifer.benchmarks.selection import Rows, RowsKind, check_imposable
 from aquifer.benchmarks.transfer import check_whole, new_report
@@ -142,7 +143,7 @@ def bench_decode(
             pools = torch.cuda.memory_allocated() - before - load.device_bytes["weights"]
             report.setup |= {"pools_bytes": load.device_capacity_bytes, "pools_allocated_bytes": pools}
         prompts = _plant_all(engine, subject, needs)
-        stage = _Stage(engine, metrics, needs.new_tokens, decoding.budget, imposed)
+        stage = _Stage(engine, metrics, needs.new_tokens, decoding.budget, imposed, DecodingMemory(engine))
         ours = {name: _Answers(stage, prompts, mode, kind) for name, mode, kind in decoding.cases}
         load_peer = cache(lambda: load_hf(subject))
 
@@ -176,7 +177,7 @@ def bench_throughput(
     metrics = Metrics()
     with decoding.imposed(subject, needs.tokens) as imposed, engine_for(subject, needs, metrics) as engine:
         prompts = _plant_all(engine, subject, needs)
-        stage = _Stage(engine, metrics, needs.new_tokens, decoding.budget, imposed)
+        stage = _Stage(engine, metrics, needs.new_tokens, decoding.budget, imposed, DecodingMemory(engine))
         for case, mode, kind in decoding.cases:
             for count in counts:
                 name = f"{case}, {count} contexts"
@@ -210,31 +211,6 @@ def _plant_all(engine: Engine, subject: Subject, needs: Needs) -> list[Prompt]:
     return prompts
 
 
-class _Allocated:
-    """Device memory that answers of one engine take beside pages and landmarks, by CUDA's own count, from
-    when all of them are being decoded. Reading their prompts may take more."""
-
-    def __init__(self) -> None:
-        self.peak_bytes = 0
-        """Of the last run, with what stayed of those before (recorded steps); 0 without CUDA."""
-        self._stayed_bytes = 0
-
-    def decoding(self) -> None:
-        """Reading is over."""
-        if torch.cuda.is_initialized():
-            torch.cuda.reset_peak_memory_stats()
-
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        if not torch.cuda.is_initialized():
-            yield
-            return
-        before = torch.cuda.memory_allocated()
-        yield
-        self.peak_bytes = self._stayed_bytes + torch.cuda.max_memory_allocated() - before
-        self._stayed_bytes += torch.cuda.memory_allocated() - before
-
-
 @dataclass(frozen=True)
 class _Stage:
     """What answers of one measurement share. imposed: None leaves the choice of rows alone."""
@@ -244,7 +220,7 @@ class _Stage:
     steps: int
     budget: float | None
     imposed: Rows | None
-    allocated: _Allocated = field(default_factory=_Allocated)
+    memory: DecodingMemory
 
 
 class _Answers:
@@ -255,7 +231,7 @@ class _Answers:
         self._prompts, self._mode, self._rows = prompts, mode, rows
         self._selected = self._hits = 0.0
         self._drafts = DraftCounts()
-        self._device_bytes = self._kept_bytes = self._beside_bytes = 0
+        self._books_bytes = self._measured_bytes = 0
 
     def run(self) -> float:
         """Seconds per step, from when all of them are being answered until the first one ends. An answer's
@@ -263,9 +239,10 @@ class _Answers:
         if self._stage.imposed:
             self._stage.imposed.use(self._rows)
         before = self._row_counts()
-        with self._stage.allocated.watched():
+        memory = self._stage.memory
+        with memory.watched():
             answers = self._ask()
-        self._beside_bytes = self._stage.allocated.peak_bytes
+        self._books_bytes, self._measured_bytes = memory.books_bytes, memory.measured_bytes
         selected, hits = (new - old for new, old in zip(self._row_counts(), before, strict=True))
         self._selected += selected
         self._hits += hits
@@ -278,13 +255,13 @@ class _Answers:
 
     @property
     def figures(self) -> dict[str, float]:
-        """Device memory for KV while answering, by the engine's books, and on CUDA as allocated; of selected
-        rows those already on the device; of drafted tokens those that the check accepted."""
-        figures = {"device_kv_bytes": float(self._device_bytes)}
-        if self._beside_bytes:
-            measured = self._kept_bytes + self._beside_bytes
-            figures["device_measured_bytes"] = float(measured)
-            figures["measured_percent"] = 100 * measured / self._device_bytes
+        """Device memory for KV while answering, by the engine's books, and on CUDA as allocated, both of the
+        last run; of selected rows those already on the device; of drafted tokens those that the check
+        accepted."""
+        figures = {"device_kv_bytes": float(self._books_bytes)}
+        if self._measured_bytes:
+            figures["device_measured_bytes"] = float(self._measured_bytes)
+            figures["measured_percent"] = 100 * self._measured_bytes / self._books_bytes
         if self._selected:
             figures["row_hit_percent"] = 100 * self._hits / self._selected
         if self._drafts.drafted:
@@ -298,15 +275,15 @@ class _Answers:
         """When each token of each answer came."""
         queues: list[SimpleQueue[tuple[float, Event]]] = [SimpleQueue() for _ in self._prompts]
         question = tuple(range(FIRST_ID, FIRST_ID + QUESTION_TOKENS))
-        begun: set[int] = set()
+        tokens = [0] * len(queues)
 
         def stamp(number: int, queue: SimpleQueue[tuple[float, Event]], event: Event) -> None:
             """On the engine's thread."""
             queue.put((perf_counter(), event))
-            if isinstance(event, TokenEvent) and number not in begun:
-                begun.add(number)
-                if len(begun) == len(queues):
-                    self._stage.allocated.decoding()
+            if isinstance(event, TokenEvent):
+                tokens[number] += 1
+                if min(tokens) > 1:  # the first one comes from reading
+                    self._stage.memory.step_taken()
 
         for number, (prompt, queue) in enumerate(zip(self._prompts, queues, strict=True)):
             steps, budget = self._stage.steps, self._stage.budget
@@ -319,11 +296,6 @@ class _Answers:
         while True:
             at, event = queue.get()
             if isinstance(event, TokenEvent):
-                if not times:
-                    in_use = self._engine.load().device_bytes
-                    kept = in_use["resident"] + in_use["landmarks"]
-                    self._kept_bytes = max(self._kept_bytes, kept)
-                    self._device_bytes = max(self._device_bytes, kept + in_use["staging"])
                 times.append(at)
             elif isinstance(event, FailedEvent):
                 raise LeftOutError(event.message)
