@@ -38,6 +38,8 @@ ENCODE_SEGMENTS = 8
 DECODE_SEGMENTS = 32
 """Segments that go through the codec in one pass, as in the engine."""
 
+QUESTION_TOKENS = 32
+
 
 def bench_restore(
     subject: Subject,
@@ -51,7 +53,8 @@ def bench_restore(
     """From the bytes of prompts in a tier to their KV in pages, on the wall, per prompt.
 
     tokens: whole segments, so that all of a prompt can be restored. Raises ValueError otherwise.
-    requests: prompts asked for at once. Prefill, peers and limits are measured on one of them.
+    requests: prompts asked for at once. All else is measured on one of them: among it the first token of an
+        answer, with a question of 32 tokens behind the prompt.
     """
     check_whole(tokens)
     report = new_report("restore", subject, codec=codec, tokens=tokens, requests=requests, repeat=repeat)
@@ -71,6 +74,7 @@ def bench_restore(
         ours = [Contestant("from RAM", "ours", restore_run(engine, prompts, "ram"))]
         if url:
             ours.append(Contestant("from Redis", "ours", restore_run(engine, prompts, "redis")))
+        ours.append(Contestant("first token, from RAM", "ours", _question(subject, engine, prompts[0])))
         codec_alone = clocked(device, lambda: _decode(coder, stored, device))
         prefill = _prefill(subject, engine, tokens, store=False)
         ours += [Contestant("decoding alone", "ours", codec_alone), Contestant("prefill", "ours", prefill)]
@@ -158,6 +162,19 @@ def restore_run(engine: Engine, prompts: Sequence[Sequence[int]], tier: str) -> 
                     f"{len(prompt)} tokens should have come from {tier}; it was {event.cached}"
                 )
         return seconds / len(prompts)
+
+    return run
+
+
+def _question(subject: Subject, engine: Engine, prompt: Sequence[int]) -> Run:
+    """Ask about a stored prompt: seconds until the first token of an answer, as the engine counts."""
+
+    def run() -> float:
+        question = random_prompt(subject, QUESTION_TOKENS)
+        (event,) = engine.generate([request((*prompt, *question), 1, store=False)])
+        if event.cached.ram != len(prompt):
+            raise RuntimeError(f"{len(prompt)} tokens should have come from ram; it was {event.cached}")
+        return event.timings.ttft_seconds
 
     return run
 

@@ -27,6 +27,7 @@ def test_restore_reports_both_tiers_peers_and_limits(bench: Callable[..., Any], 
     assert set(outcome.rows) == {
         "from RAM",
         "from Redis",
+        "first token, from RAM",
         "decoding alone",
         "prefill",
         "hf-dynamic",
