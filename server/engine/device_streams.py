@@ -135,13 +135,13 @@ class ChainedSegments:
     def __init__(
         self,
         codec: Codec,
-        bodies: Sequence[Tensor],
+        bodies: Sequence[memoryview],
         spans: Sequence[tuple[int, int]],
         rope_table: Callable[[Tensor], tuple[Tensor, Tensor]],
         sinks: Tensor | None,
         device: torch.device,
     ) -> None:
-        """bodies: uint8, one per segment; they must stay as they are.
+        """bodies: of one record per segment; they must stay as they are.
         spans: (first token, number of tokens) of each segment.
         rope_table: gives cos and sin [T, D] of positions [T]; asked while bytes are on their way.
         sinks: the first tokens, [L, 2, S, C] before RoPE, in host memory."""
@@ -158,15 +158,10 @@ class ChainedSegments:
     def slices(self) -> HostSlices:
         return HostSlices(self._codec, self.counts, self.records.on_device())
 
-    @property
-    def positions(self) -> Tensor:
-        """int64 [T] of the tokens that are no sinks, in host memory."""
-        return numbers_of(joined(self.spans))
-
     @cached_property
     def rope(self) -> tuple[Tensor, Tensor]:
         """cos and sin [T, D] of the tokens that are no sinks."""
-        return self._rope_table(to_device(self.positions, self._device))
+        return self._rope_table(to_device(numbers_of(joined(self.spans)), self._device))
 
     @cached_property
     def sinks(self) -> Tensor | None:

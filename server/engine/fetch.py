@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -74,12 +74,14 @@ class Fetcher:
         held = {index: tier for index, tier in zip(indices, tiers, strict=True) if tier is not None}
         wanted = [index for index, tier in held.items() if self._gate.worth_loading(tier)]
         asked = [keys.segments[index] for index in wanted]
-        if 0 in wanted and keys.sinks is not None:
+        with_sinks = 0 in wanted and keys.sinks is not None
+        if with_sinks and keys.sinks is not None:
             asked.insert(0, keys.sinks)  # at its place in the prefix, whose end is evicted first
-        leases = dict(zip(asked, self._store.get(asked), strict=True)) if asked else {}
+        leases = self._store.get(asked) if asked else []
+        sinks = leases.pop(0) if with_sinks else None
         found = []
-        for index in wanted:
-            segment = self._open_segment(index, keys, leases)
+        for index, lease in zip(wanted, leases, strict=True):
+            segment = self._open_segment(index, keys, lease, sinks)
             if segment is None:
                 del held[index]
             else:
@@ -87,12 +89,13 @@ class Fetcher:
         return Fetched(found, set(held), time.perf_counter() - started)
 
     def _open_segment(
-        self, index: int, keys: PromptKeys, leases: Mapping[SegmentKey, Lease | None]
+        self, index: int, keys: PromptKeys, lease: Lease | None, sinks_lease: Lease | None
     ) -> StoredSegment | None:
-        record = self._open("segment", keys.segments[index], leases, segment_span(index)[1])
+        """sinks_lease: for segment 0."""
+        record = self._open("segment", keys.segments[index], lease, segment_span(index)[1])
         if index > 0:
             return StoredSegment(index, record) if record else None
-        sinks = self._open("sinks", keys.sinks, leases, SINK_TOKENS) if keys.sinks else None
+        sinks = self._open("sinks", keys.sinks, sinks_lease, SINK_TOKENS) if keys.sinks else None
         if record and sinks:
             return StoredSegment(index, record, sinks)
         # One without the other is a miss: both are recomputed.
@@ -102,9 +105,8 @@ class Fetcher:
         return None
 
     def _open(
-        self, kind: RecordKind, key: SegmentKey, leases: Mapping[SegmentKey, Lease | None], num_tokens: int
+        self, kind: RecordKind, key: SegmentKey, lease: Lease | None, num_tokens: int
     ) -> StoredRecord | None:
-        lease = leases[key]
         if lease is None:
             return None
         codec, expected = self._codecs[kind], self._body_bytes(kind, num_tokens)

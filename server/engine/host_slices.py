@@ -9,6 +9,7 @@ from torch import Tensor
 
 from aquifer.compression.codec import Codec
 from aquifer.kernels.triton.gather import gather_slices
+from aquifer.server.engine.records import as_tensor
 
 _LARGEST_LAYER = 2**31
 
@@ -20,11 +21,13 @@ arrive, so that half a megabyte has to be asked for at a time (gather.py)."""
 class HostRecords:
     """The bodies of some records at addresses that a device can read."""
 
-    def __init__(self, bodies: Sequence[Tensor], device: torch.device) -> None:
-        """bodies: uint8, one per record; they must stay as they are, and this object must live, until the
-        device has read them. Those that are not page-locked are copied to memory that is."""
+    def __init__(self, bodies: Sequence[memoryview], device: torch.device) -> None:
+        """bodies: of bytes; they must stay as they are, and this object must live, until the device has read
+        them. Those that are not page-locked are copied to memory that is."""
         self._device = device
-        self._bodies = _page_locked(bodies) if device.type == "cuda" else list(bodies)
+        self._bodies = [as_tensor(body) for body in bodies]
+        if device.type == "cuda":
+            self._page_lock([body.obj for body in bodies])
 
     @property
     def addresses(self) -> list[int]:
@@ -33,6 +36,18 @@ class HostRecords:
     def on_device(self) -> Tensor:
         """The addresses, int64 [N]."""
         return to_device(torch.tensor(self.addresses), self._device)
+
+    def _page_lock(self, owners: Sequence[object]) -> None:
+        """owners: of the bodies' memory, each of which is page-locked as a whole or not at all."""
+        by_owner = {id(owner): body for owner, body in zip(owners, self._bodies, strict=True)}
+        locked = {number for number, body in by_owner.items() if body.is_pinned()}
+        elsewhere = [number for number, owner in enumerate(owners) if id(owner) not in locked]
+        if elsewhere:
+            sizes = [-(-self._bodies[number].numel() // 256) * 256 for number in elsewhere]
+            memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
+            for number, room in zip(elsewhere, memory.split(sizes), strict=True):
+                body = self._bodies[number]
+                self._bodies[number] = room[: body.numel()].copy_(body)
 
 
 class HostSlices:
@@ -51,17 +66,17 @@ class HostSlices:
             raise ValueError(f"{len(counts)} records at once are too many for 32-bit offsets")
         tables = torch.stack((sizes.cumsum(0) - sizes, sizes.cumsum(1) - sizes, sizes)).int()
         self._records = records
-        self._tables = to_device(tables, records.device)
+        self.layout = to_device(tables, records.device)
         """int32 [3, L, N]: where slices begin in their records, where they go, and their sizes."""
 
     @property
     def tables(self) -> Sequence[Tensor]:
         """Device memory that a copy reads."""
-        return self._records, self._tables
+        return self._records, self.layout
 
     def land(self, layer: int, target: Tensor) -> None:
         """Start copying a layer into target, the slices of all records end to end."""
-        starts, places, sizes = self._tables[:, layer]
+        starts, places, sizes = self.layout[:, layer]
         largest = self._largest[layer]
         gather_slices(self._records, starts, places, sizes, largest, target, programs=GATHER_PROGRAMS)
 
@@ -69,15 +84,3 @@ class HostSlices:
 def to_device(numbers: Tensor, device: torch.device) -> Tensor:
     """A copy of a tensor of the host, for which nobody waits."""
     return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers
-
-
-def _page_locked(bodies: Sequence[Tensor]) -> list[Tensor]:
-    """The same bytes where the device can read them."""
-    elsewhere = [number for number, body in enumerate(bodies) if not body.is_pinned()]
-    locked = list(bodies)
-    if elsewhere:
-        sizes = [-(-bodies[number].numel() // 256) * 256 for number in elsewhere]
-        memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
-        for number, room in zip(elsewhere, memory.split(sizes), strict=True):
-            locked[number] = room[: bodies[number].numel()].copy_(bodies[number])
-    return locked

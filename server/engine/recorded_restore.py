@@ -3,13 +3,14 @@
 A restore launches four kernels per layer on three queues of the device, which takes the host longer than it
 takes the device to run them. So all that a restore does is recorded, as a CUDA graph across the queues, once
 for each of a few numbers of segments; in a smaller group the last ones are missing: they have no bytes to
-copy, and their tokens no slots to be written to. What differs between restores is the graph's input: where
-the records lie, where in the prompt the tokens stand, and their slots. Imports Triton, so only where it runs.
+copy, and their tokens no slots to be written to. What differs between restores is the graph's input, three
+numbers per segment: where its record lies, its first slot, and its first token. Imports Triton, so only where
+it runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import structlog
 import torch
@@ -19,8 +20,8 @@ from aquifer.compression.codec import Codec
 from aquifer.compression.spec import SEGMENT_TOKENS
 from aquifer.server.engine.device_streams import Chain, ChainedSegments, Queues
 from aquifer.server.engine.graphs import GraphMemory, record_graph
-from aquifer.server.engine.host_slices import HostSlices
-from aquifer.server.engine.pages import PagePool
+from aquifer.server.engine.host_slices import HostSlices, to_device
+from aquifer.server.engine.pages import BlockTable, PagePool
 from aquifer.server.engine.records import numbers_of
 
 log = structlog.get_logger(__name__)
@@ -28,6 +29,9 @@ log = structlog.get_logger(__name__)
 FEWEST, STEP = 8, 16
 """Groups are recorded for 8, 16, 32, 48, ... segments. Sixteen are as many rows as an H200 multiplies at
 once: what is missing of the last sixteen costs next to nothing."""
+
+_ABSENT = (0, -SEGMENT_TOKENS, 0)
+"""Inputs for a segment that is missing: no record, and slots that are all negative."""
 
 
 class RecordedRestores:
@@ -56,8 +60,8 @@ class RecordedRestores:
         """What recordings keep of the device."""
         return sum(recording.device_bytes for recording in self._recordings.values() if recording)
 
-    def restore(self, segments: ChainedSegments, runs: Sequence[tuple[int, int]]) -> bool:
-        """Write the KV of a group into the slots of `runs`. False: this cannot be replayed, launch it."""
+    def restore(self, segments: ChainedSegments, table: BlockTable) -> bool:
+        """Write the KV of a group into the table's pages. False: this cannot be replayed, launch it."""
         if len(segments.counts) > self._most:
             return False
         counts = segments.counts + (SEGMENT_TOKENS,) * (self._bucket(segments) - len(segments.counts))
@@ -67,7 +71,7 @@ class RecordedRestores:
                 self._recordings[wanted] = self._record(wanted)
         recording = self._recordings[counts]
         if recording is not None:
-            recording.replay(segments, runs)
+            recording.replay(segments, table)
         return recording is not None
 
     def _bucket(self, segments: ChainedSegments) -> int:
@@ -99,34 +103,36 @@ class _Recording:
     ) -> None:
         """counts: tokens of each segment."""
         assert codec.chain is not None
-        chain_codec, device, tokens = codec.chain, pool.keys.device, sum(counts)
-        self._pool, self._sizes = pool, [len(counts), tokens, tokens]
-        # Where each record lies, each token's slot, and its position: of no segments at first.
-        self._inputs = torch.zeros(sum(self._sizes), dtype=torch.int64, device=device)
-        records, slots, positions = self._inputs.split(self._sizes)
-        slots.fill_(-1)
-        self._slices = HostSlices(codec, counts, records)
+        chain_codec, device = codec.chain, pool.keys.device
+        self._pool = pool
+        self._inputs = torch.tensor(_ABSENT)[:, None].repeat(1, len(counts)).to(device)
+        """int64 [3, N]: where the records lie, first slots, first tokens."""
+        lengths = torch.tensor(counts)
+        segment_of = torch.arange(len(counts)).repeat_interleave(lengths).to(device)
+        within = torch.cat([torch.arange(count) for count in counts]).to(device)
+        slices = HostSlices(codec, counts, self._inputs[0])
         # Held, because the codec forgets the tables of groups that were not asked for lately.
-        self._tables = chain_codec.chain_decoder(counts, device).tables
+        tables = chain_codec.chain_decoder(counts, device).tables
+        self._held = (self._inputs, segment_of, within, slices.layout, *tables)
 
         def launch() -> None:
             # State and landings are taken while recording and dropped, so that recordings share their memory.
-            chain = Chain(len(pool.keys), self._slices, chain_codec.chain_decoder(counts, device), queues)
+            chain = Chain(len(pool.keys), slices, chain_codec.chain_decoder(counts, device), queues)
+            slots, positions = self._inputs[1:, segment_of] + within
             chain.emit_all(rope_table(positions), slots, pool)
 
         launch()  # so that everything is compiled
         self._graph, grown = record_graph(launch, memory, side)
-        held = (slots, positions, *self._slices.tables, *self._tables)
-        self.device_bytes = grown + sum(table.nbytes for table in held)
+        self.device_bytes = grown + sum(table.nbytes for table in self._held)
 
-    def replay(self, segments: ChainedSegments, runs: Sequence[tuple[int, int]]) -> None:
+    def replay(self, segments: ChainedSegments, table: BlockTable) -> None:
         """Restore at most as many segments, cut like the recorded ones."""
-        numbers = torch.zeros(self._inputs.shape, dtype=torch.int64, pin_memory=self._inputs.is_cuda)
-        records, slots, positions = numbers.split(self._sizes)
-        sinks, wanted = numbers_of(runs).tensor_split([segments.first])
-        records[: len(segments.counts)] = torch.tensor(segments.records.addresses)
-        slots.fill_(-1)[: len(wanted)] = wanted
-        positions[: len(wanted)] = segments.positions
-        self._inputs.copy_(numbers, non_blocking=True)
+        tokens = [first for first, _ in segments.spans]
+        slots = [slot for token in tokens if (slot := table.slot(token)) is not None]
+        present = segments.records.addresses, slots, tokens
+        missing = self._inputs.shape[1] - len(tokens)
+        numbers = [[*known, *[absent] * missing] for known, absent in zip(present, _ABSENT, strict=True)]
+        self._inputs.copy_(to_device(torch.tensor(numbers), self._inputs.device))
         self._graph.replay()
-        segments.place_sinks(self._pool, sinks)
+        if segments.first:
+            segments.place_sinks(self._pool, numbers_of(table.runs([(0, segments.first)])))

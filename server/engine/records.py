@@ -7,6 +7,7 @@ alike. So segment 0 holds tokens 4 to 255.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -39,6 +40,18 @@ def joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 def numbers_of(runs: Sequence[tuple[int, int]]) -> Tensor:
     """All tokens, or slots, of some runs (first, last + 1), one after the other: int64 [T] on the host."""
     return torch.cat([torch.arange(first, last) for first, last in runs])
+
+
+# Records are leased read-only, and torch warns, once, that it cannot promise not to write them. Nothing here
+# does, so it is let off here, where nobody sees it.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.frombuffer(memoryview(b"read only"), dtype=torch.uint8)
+
+
+def as_tensor(body: memoryview) -> Tensor:
+    """The same bytes, uint8; to be read only."""
+    return torch.frombuffer(body, dtype=torch.uint8)
 
 
 def slot_bytes(codec: Codec, raw: Codec) -> int:

@@ -49,10 +49,9 @@ class Restorer:
         """Write the KV of these segments, in ascending order, into the table's pages."""
         started = time.perf_counter()
         source = self._reader.source(segments)
-        runs = table.runs(source.spans)
         chained, recorded = source.chained, self._recorded
-        if chained is None or recorded is None or not recorded.restore(chained, runs):
-            source.open().restore(self._pool, runs)
+        if chained is None or recorded is None or not recorded.restore(chained, table):
+            source.open().restore(self._pool, table.runs(source.spans))
         # The leases may end after this, and the time below is that of the arithmetic, not of its launch.
         until_read(self._reader.adapter.device)
         self._reader.metrics.codec_tokens.labels(op="decode").inc(len(segments) * SEGMENT_TOKENS)

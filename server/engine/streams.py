@@ -7,7 +7,6 @@ device_streams.py for CUDA.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -23,7 +22,7 @@ from aquifer.kernels.attention import attend_in_pieces
 from aquifer.kernels.rope import apply_rope
 from aquifer.server.engine.fetch import StoredRecord, StoredSegment
 from aquifer.server.engine.pages import PagePool
-from aquifer.server.engine.records import joined, numbers_of, segment_span
+from aquifer.server.engine.records import as_tensor, joined, numbers_of, segment_span
 from aquifer.server.metrics import Metrics
 from aquifer.server.models.adapter import DecoderAdapter
 
@@ -95,8 +94,8 @@ class SegmentSource:
 
             sinks = None
             if len(parts) == 2:
-                sinks = reader.raw.rows(_as_tensor(parts[0][1][0].body))
-            bodies = [_as_tensor(segment.record.body) for segment in segments]
+                sinks = reader.raw.rows(as_tensor(parts[0][1][0].body))
+            bodies = [segment.record.body for segment in segments]
             self.chained = ChainedSegments(
                 reader.codec, bodies, spans, adapter.rope_table, sinks, self._device
             )
@@ -154,7 +153,7 @@ class _Records:
         self, codec: Codec, records: Sequence[StoredRecord], counts: Sequence[int], device: torch.device
     ) -> None:
         self._codec, self._counts, self._device = codec, counts, device
-        bodies = [_as_tensor(record.body) for record in records]
+        bodies = [record.body for record in records]
         layers = range(codec.spec.num_layers)
         sizes = {count: [codec.layer_bytes(layer, count) for layer in layers] for count in set(counts)}
         by_record = [sizes[count] for count in counts]
@@ -166,7 +165,7 @@ class _Records:
             self._records = HostRecords(bodies, device)
             self._slices = HostSlices(codec, counts, self._records.on_device())
         else:
-            parts = [body.split(own) for body, own in zip(bodies, by_record, strict=True)]
+            parts = [as_tensor(body).split(own) for body, own in zip(bodies, by_record, strict=True)]
             self._by_layer = [list(slices) for slices in zip(*parts, strict=True)]
 
     def open(self) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -183,14 +182,3 @@ class _Records:
 def _rope_table(adapter: DecoderAdapter, spans: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
     """cos and sin [T, D] of the tokens of some spans."""
     return adapter.rope_table(numbers_of(joined(spans)).to(adapter.device))
-
-
-# Records are leased read-only, and torch warns, once, that it cannot promise not to write them. Nothing here
-# does, so it is let off here, where nobody sees it.
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    torch.frombuffer(memoryview(b"read only"), dtype=torch.uint8)
-
-
-def _as_tensor(body: memoryview) -> Tensor:
-    return torch.frombuffer(body, dtype=torch.uint8)
