@@ -1,74 +1,174 @@
-"""The codec's kernels on a CUDA device, as `aquifer bench kernels` measures them.
+"""What `aquifer bench kernels` measures on CUDA: every kernel of kernels/triton, and attention of prefill.
 
-Import this module only where a CUDA device is in use.
+Shapes are those of the engine behind a prompt of `tokens` tokens. Imports Triton, so only where it runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
+from torch import Tensor
 
-from aquifer.benchmarks.geometries import Subject
-from aquifer.compression.aqua import SCALE_BYTES, SIGNS_SEED, load_quantizer
-from aquifer.kernels.hadamard import Rotation
-from aquifer.kernels.prediction import Linear
-from aquifer.kernels.triton.chain import predict, predict_and_add
-from aquifer.kernels.triton.emit import emit
-from aquifer.kernels.triton.encode import encode_rows
+from aquifer.benchmarks.device_codec import codec_kernels
+from aquifer.benchmarks.device_selection import found_kernels, selection_kernels, token_kernels
+from aquifer.benchmarks.device_shape import Shape
+from aquifer.benchmarks.roofline import Kernel, Limit
+from aquifer.kernels.attention import attend, attend_in_pieces
+from aquifer.kernels.triton.attention import PAGE_TOKENS, attend_pages, merge_parts
+from aquifer.kernels.triton.norms import add_rms_norm, rms_norm, swiglu
+from aquifer.kernels.triton.rope import rotate_and_store
 
-KEYS = 0
-"""Which half is coded."""
+CHUNK_TOKENS = 2048
+"""Queries of one prefill chunk."""
 
-Work = tuple[str, Callable[[], object], float, float]
-"""Name, what to time, bytes moved at least, and operations."""
+BATCH = 16
+"""Requests of a full decode step, each with a quarter of the tokens: 16 times all of them fit no device."""
+
+QUESTION_TOKENS = 32
+"""New tokens behind a cached document."""
+
+EPSILON = 1e-5
 
 
-def codec_work(subject: Subject, tokens: int, bits: int) -> list[Work]:
-    """One half of a layer of `tokens` tokens; `emit` does both."""
-    spec, device, dtype = subject.spec, subject.device, torch.bfloat16
-    channels = spec.channels
-    rotation, quantizer = Rotation.of(channels, SIGNS_SEED, device), load_quantizer(bits, device)
-    group = rotation.group
-    ring = torch.randn(tokens, 3 * channels, device=device).to(dtype)
-    state, out = ring[:, : 2 * channels], ring[:, 2 * channels :]
-    weight = torch.randn(2 * channels, channels, device=device).mul_(0.25 / channels**0.5).to(dtype)
-    linear = Linear(weight, torch.zeros(channels, device=device))
-    rows, prediction = torch.randn(tokens, channels, device=device).to(dtype), torch.empty_like(out).float()
-    code_bytes, scale_bytes = quantizer.code_bytes(channels), channels // group * SCALE_BYTES
-    number = torch.arange(tokens, dtype=torch.int32, device=device)
-    codes, scales = number * code_bytes, tokens * code_bytes + number * scale_bytes
-    offsets = torch.stack((codes, codes, scales, scales))
-    data = torch.empty(tokens * (code_bytes + scale_bytes), dtype=torch.uint8, device=device)
-    damaged = torch.zeros_like(number)
-    angles = torch.randn(tokens, spec.head_dim, device=device).to(dtype)
-    pages = torch.empty(2, spec.num_kv_heads, tokens, spec.head_dim, dtype=dtype, device=device)
-    slots = number.long()
-
-    def encode() -> None:
-        encode_rows(rows, rotation.signs, group, prediction, quantizer, KEYS, offsets, data, out, damaged)
-
-    def decode() -> None:
-        predict_and_add(state, KEYS, linear, group, data, offsets, quantizer, out)
-
-    half = 2.0 * tokens * channels
-    stored, weights = float(data.numel()), 2.0 * weight.numel()
-    gemm = 4.0 * tokens * channels**2
-    predict(state, KEYS, linear, group, prediction)
-    encode()  # so that there are codes to decode
+def page_kernels(shape: Shape) -> list[Kernel]:
+    """Attention of new tokens over pages: of decode steps, and of a question."""
+    tokens, quarter = shape.tokens, -(-shape.tokens // 4)
+    question = f"attention over pages, {QUESTION_TOKENS} tokens"
     return [
-        (
-            "predict",
-            lambda: predict(state, KEYS, linear, group, prediction),
-            4 * half + weights,
-            gemm,
+        _over_pages(shape, "attention over pages, 1 request", tokens),
+        _over_pages(shape, f"attention over pages, {BATCH} requests", quarter, requests=BATCH),
+        _over_pages(shape, question, tokens, queries=QUESTION_TOKENS),
+    ]
+
+
+def _over_pages(shape: Shape, name: str, tokens: int, *, requests: int = 1, queries: int = 1) -> Kernel:
+    """Each request has so many tokens, of which the last ones are its queries; pages lie in any order."""
+    heads, head_dim, device = shape.heads, shape.head_dim, shape.device
+    pages = -(-tokens // PAGE_TOKENS)
+    tables = torch.randperm(requests * pages, device=device).int().view(requests, pages)
+    last = torch.arange(tokens - queries + 1, tokens + 1, dtype=torch.int32, device=device)
+    lengths = last.clamp(min=0).repeat(requests)
+    cached = 2 * shape.half_bytes(requests * tokens)
+    flop = 4.0 * requests * queries * tokens * shape.query_heads * head_dim
+
+    def layer() -> Callable[[], object]:
+        q = shape.random(requests * queries, shape.query_heads, head_dim)
+        keys, values = (shape.random(heads, requests * pages * PAGE_TOKENS, head_dim) for _ in range(2))
+        return partial(attend_pages, q, keys, values, tables, lengths)
+
+    needs = {Limit.MEMORY: cached, Limit.GEMM: flop, Limit.START: 2}
+    return Kernel(name, shape.layers(cached, layer), needs)
+
+
+def prefill_kernels(shape: Shape) -> list[Kernel]:
+    """Attention of a chunk of a prompt, in the two pieces that are merged."""
+    tokens, head_dim = shape.tokens, shape.head_dim
+    rows = min(CHUNK_TOKENS, tokens)
+    query_bytes = float(shape.query_heads * rows * head_dim * shape.dtype.itemsize)
+
+    def chunk(heads: int) -> Tensor:
+        """[heads, rows, D], the heads of a token side by side, as a product gives them."""
+        return shape.random(rows, heads, head_dim).transpose(0, 1)
+
+    def past() -> Callable[[], object]:
+        keys, values = (shape.random(shape.heads, tokens, head_dim) for _ in range(2))
+        return partial(attend_in_pieces, chunk(shape.query_heads), keys, values)
+
+    def itself() -> Callable[[], object]:
+        own = [chunk(heads) for heads in (shape.query_heads, shape.heads, shape.heads)]
+        return partial(attend, *own, causal=True)
+
+    def merge() -> Callable[[], object]:
+        lse = torch.randn(2, shape.query_heads, rows, device=shape.device)
+        return partial(merge_parts, [(chunk(shape.query_heads), part) for part in lse])
+
+    past_bytes = 2 * shape.half_bytes(tokens) + 2 * query_bytes
+    own_bytes = 2 * shape.half_bytes(rows) + 2 * query_bytes
+    flop = 4.0 * shape.query_heads * rows * head_dim
+    return [
+        Kernel(
+            "attention, chunk to past",
+            shape.layers(past_bytes, past),
+            {Limit.MEMORY: past_bytes, Limit.GEMM: flop * tokens},
         ),
-        (f"rotate and encode, {bits} bits", encode, 4 * half + stored, 0.0),
-        (f"predict and add, {bits} bits", decode, 3 * half + weights + stored, gemm),
-        (
-            "unrotate, RoPE and write (keys and values)",
-            lambda: emit(state, rotation.signs, group, (angles, angles), slots, pages[0], pages[1]),
-            4 * half,
-            0.0,
+        Kernel(
+            "attention, chunk to itself",
+            shape.layers(own_bytes, itself),
+            {Limit.MEMORY: own_bytes, Limit.GEMM: flop * rows / 2},
+        ),
+        Kernel(
+            "merge of two pieces",
+            shape.layers(3 * query_bytes, merge),
+            {Limit.MEMORY: 3 * query_bytes, Limit.START: 1},
         ),
     ]
+
+
+def layer_kernels(shape: Shape) -> list[Kernel]:
+    """The small steps of a layer, for a chunk of a prompt and for one new token."""
+    chunk = min(CHUNK_TOKENS, shape.tokens)
+    return [
+        kernel
+        for rows, suffix in ((chunk, "chunk"), (1, "one token"))
+        for kernel in (_rotation(shape, rows, suffix), *_norms(shape, rows, suffix))
+    ]
+
+
+def _rotation(shape: Shape, rows: int, suffix: str) -> Kernel:
+    heads, head_dim = (shape.query_heads, shape.heads, shape.heads), shape.head_dim
+    slots = torch.arange(rows, device=shape.device)
+    # Of q, k and v one element read each; q written once, k twice, v once.
+    moved = float(rows * head_dim * (2 * shape.query_heads + 5 * shape.heads + 2) * shape.dtype.itemsize)
+
+    def layer() -> Callable[[], object]:
+        q, k, v = shape.random(rows, sum(heads), head_dim).split(heads, dim=1)
+        cos, sin = shape.random(2, rows, head_dim)
+        keys, values = shape.random(2, shape.heads, rows, head_dim)
+        return partial(rotate_and_store, q, k, v, cos, sin, slots, keys, values)
+
+    return Kernel(
+        f"RoPE and store, {suffix}", shape.layers(moved, layer), {Limit.MEMORY: moved, Limit.START: 1}
+    )
+
+
+def _norms(shape: Shape, rows: int, suffix: str) -> list[Kernel]:
+    row_bytes = float(rows * shape.hidden * shape.dtype.itemsize)
+    gate_bytes = float(rows * shape.intermediate * shape.dtype.itemsize)
+
+    def hidden() -> Tensor:
+        return shape.random(rows, shape.hidden)
+
+    def weight() -> Tensor:
+        return shape.random(shape.hidden)
+
+    def gated() -> Callable[[], object]:
+        return partial(swiglu, *shape.random(rows, 2 * shape.intermediate).chunk(2, dim=1))
+
+    works: Sequence[tuple[str, float, Callable[[], Callable[[], object]]]] = (
+        ("RMSNorm", 2 * row_bytes, lambda: partial(rms_norm, hidden(), weight(), EPSILON)),
+        (
+            "sum and RMSNorm",
+            4 * row_bytes,
+            lambda: partial(add_rms_norm, hidden(), hidden(), weight(), EPSILON),
+        ),
+        ("SwiGLU", 3 * gate_bytes, gated),
+    )
+    return [
+        Kernel(f"{name}, {suffix}", shape.layers(moved, layer), {Limit.MEMORY: moved, Limit.START: 1})
+        for name, moved, layer in works
+    ]
+
+
+GROUPS: Mapping[str, Callable[[Shape], list[Kernel]]] = {
+    "codec": partial(codec_kernels, integers=False),
+    "codec in integers": partial(codec_kernels, integers=True),
+    "attention over pages": page_kernels,
+    "attention of prefill": prefill_kernels,
+    "layers": layer_kernels,
+    "tokens encoded for selection": token_kernels,
+    "selection": selection_kernels,
+    "rows of the trace": found_kernels,
+}
+"""By what their data has in common: it is on the device at the same time."""

@@ -80,6 +80,7 @@ def _bars(
     axes.tick_params(labelsize=8)
     axes.set_xlabel(label, fontsize=8)
     axes.margins(x=0.12)
+    axes.set_ylim(-0.8, len(kept) - 0.2)  # margins grow with the bars
     if logarithmic:
         axes.set_xscale("log")
 

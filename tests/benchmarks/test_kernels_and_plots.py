@@ -24,6 +24,8 @@ def test_every_kernel_has_a_share_of_its_limit(bench: Callable[..., Any]) -> Non
     predict = outcome.rows["predict"]
     assert predict["gflop_per_second"] == pytest.approx(2 * 512 * 64 * 32 / predict["seconds"] / 1e9)
     assert set(limits) == {"copy in memory", "large GEMM"}
+    said = " ".join(note for note in outcome.line["notes"] if "is the limit of" in note)
+    assert all(row["name"] in said for row in kernels)
 
 
 def test_lines_of_every_kind_become_one_picture(bench_once: Callable[..., Any], tmp_path: Path) -> None:
