@@ -84,8 +84,9 @@ class Landing:
 
     def __init__(self, slices: HostSlices, copies: Queue) -> None:
         self._slices, self._copies = slices, copies
-        largest, device = max(slices.layer_bytes), slices.tables[0].device
-        self._memory = torch.empty(LANDINGS, largest, dtype=torch.uint8, device=device)
+        sizes, device = landing_sizes(slices.layer_bytes), slices.tables[0].device
+        self._memory = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+        self._buffers = self._memory.split(sizes)
         copies.hold(self._memory, *slices.tables)
 
     @property
@@ -94,13 +95,18 @@ class Landing:
 
     def layer(self, layer: int) -> Tensor:
         """The bytes of a layer, when they are there."""
-        return self._memory[layer % LANDINGS, : self._slices.layer_bytes[layer]]
+        return self._buffers[layer % LANDINGS][: self._slices.layer_bytes[layer]]
 
     def fetch(self, layer: int, free: torch.cuda.Event | None) -> None:
         """Queue a layer's copy. free: when the layer LANDINGS before it has been read."""
         self._copies.after(free)
         with self._copies.here():
             self._slices.land(layer, self.layer(layer))
+
+
+def landing_sizes(layer_bytes: Sequence[int]) -> list[int]:
+    """Bytes of each buffer: layers take turns, and the first one has more bits than all others."""
+    return [max(layer_bytes[number::LANDINGS], default=0) for number in range(LANDINGS)]
 
 
 class LandedLayers:
@@ -180,7 +186,7 @@ class ChainedSegments:
     def staging_bytes(self) -> int:
         tokens, spec = sum(self.counts), self._spec
         layer = 2 * self.num_tokens * spec.channels * spec.dtype.itemsize
-        return self._chain.chain_bytes(tokens) + LANDINGS * max(self.slices.layer_bytes) + layer
+        return self._chain.chain_bytes(tokens) + sum(landing_sizes(self.slices.layer_bytes)) + layer
 
     def open(self, spans: Sequence[tuple[int, int]]) -> ChainStream:
         """spans: of the sinks and segments, in order."""
