@@ -111,7 +111,8 @@ class FusedAquaCodec(AquaCodec):
         return self
 
     def chain_bytes(self, tokens: int) -> int:
-        return 3 * tokens * self.spec.channels * (self.codec_dtype.itemsize + int(self.int8))
+        state = StateRing.size(self.spec, tokens) * (self.codec_dtype.itemsize + int(self.int8))
+        return state + 2 * 4 * tokens * torch.int32.itemsize  # and two tables of offsets
 
     def decoder(self, counts: Sequence[int], device: torch.device) -> "FusedDecoder":
         return self.chain_decoder(counts, device)
@@ -185,8 +186,12 @@ class StateRing:
 
     def __init__(self, spec: KVSpec, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
         self._channels, self._tokens = spec.channels, tokens
-        halves = 3 * (tokens - 1) + 2 * spec.num_layers
-        self.memory = torch.empty(halves * self._channels, dtype=dtype, device=device)
+        self.memory = torch.empty(self.size(spec, tokens), dtype=dtype, device=device)
+
+    @staticmethod
+    def size(spec: KVSpec, tokens: int) -> int:
+        """Elements of the memory of so many tokens."""
+        return (3 * (tokens - 1) + 2 * spec.num_layers) * spec.channels
 
     def half(self, layer: int, half: Half) -> Tensor:
         """[T, C]: keys or values of a layer."""

@@ -27,6 +27,10 @@ class Decoding(Protocol):
     def drafts(self) -> DraftCounts | None:
         """What speculation did so far; None without it."""
 
+    @property
+    def held_bytes(self) -> int:
+        """What its caches keep of the device between steps besides pages and landmarks."""
+
     def rows(self, token_id: int, position: int, remaining: int) -> Rows:
         """token_id: the last token of the answer, at `position`. remaining: tokens it may still get."""
 
@@ -42,6 +46,10 @@ class OneByOne:
     def __init__(self, cache: SequenceCache, sampler: Sampler) -> None:
         self._cache = cache
         self._sampler = sampler
+
+    @property
+    def held_bytes(self) -> int:
+        return self._cache.held_bytes
 
     def rows(self, token_id: int, position: int, remaining: int) -> Rows:
         return Rows([token_id], position, self._cache, pick=self._sampler.pick)
@@ -74,6 +82,10 @@ class Verified:
         self._tokens: list[int] = []
         self._proposals: list[Tensor] = []  # none where the best token is chosen on the device
         self._checking = False
+
+    @property
+    def held_bytes(self) -> int:
+        return self._cheap.held_bytes + self._exact.held_bytes
 
     def rows(self, token_id: int, position: int, remaining: int) -> Rows:
         # The check gives one token more than it accepts.

@@ -182,11 +182,14 @@ class ChainedSegments:
         """Sinks included."""
         return self.first + sum(self.counts)
 
-    @property
-    def staging_bytes(self) -> int:
+    def staging_bytes(self, rows: int, query_heads: int) -> int:
+        """What a stream takes of the device while queries [Hq, R, D] attend to it. Keys and values of a layer
+        are written for several rows; a single one leaves its scores between two kernels."""
         tokens, spec = sum(self.counts), self._spec
         layer = 2 * self.num_tokens * spec.channels * spec.dtype.itemsize
-        return self._chain.chain_bytes(tokens) + sum(landing_sizes(self.slices.layer_bytes)) + layer
+        scores = tokens * query_heads * torch.float32.itemsize
+        landings = sum(landing_sizes(self.slices.layer_bytes))
+        return self._chain.chain_bytes(tokens) + landings + (scores if rows == 1 else layer)
 
     def open(self, spans: Sequence[tuple[int, int]]) -> ChainStream:
         """spans: of the sinks and segments, in order."""

@@ -54,12 +54,11 @@ class LaneCache:
         self._step = 0
 
     @property
-    def device_bytes(self) -> int:
-        """What it holds besides pages and landmarks."""
+    def held_bytes(self) -> int:
         return self._lane.nbytes
 
-    def staging_bytes(self, start: int) -> int:
-        return self.device_bytes
+    def staging_bytes(self, start: int, count: int) -> int:
+        return 0
 
     def open(self, start: int, count: int) -> CachePass:
         raise ValueError(f"a lane takes one new token in a recorded step, not {count} in a pass")
@@ -91,19 +90,17 @@ class SelectiveLanes:
         self._lengths = torch.zeros(most, dtype=torch.int32, device=device)
         self._counters = torch.zeros(2, dtype=torch.int64, device=device)
         self._reported = [0, 0]
-        self._running_bytes = 0
 
     @property
     def device_bytes(self) -> int:
         own = (self._table, self._lists, self._lengths, self._counters)
-        return sum(tensor.nbytes for tensor in own) + self._running_bytes
+        return sum(tensor.nbytes for tensor in own)
 
     def accepts(self, row: Rows) -> bool:
         return isinstance(row.cache, LaneCache) and len(row.token_ids) == 1
 
     def prepare(self, rows: Sequence[Rows], bucket: int) -> Sequence[int]:
         caches = [row.cache for row in rows if isinstance(row.cache, LaneCache)]
-        self._running_bytes = sum(cache.device_bytes for cache in caches)
         steps = [cache.next_step(row.start) for cache, row in zip(caches, rows, strict=True)]
         told = [lane for lane, _ in steps] + [NOBODY] * (bucket - len(steps))
         self._host.numpy()[:bucket] = told

@@ -92,8 +92,11 @@ class StepLoop:
 
     @property
     def staging_bytes(self) -> int:
-        """Device bytes of what the last pass reconstructed and did not keep, and of what is recorded."""
-        return self._runner.staging_bytes + self._prompts.device_bytes
+        """Device bytes of what the last pass reconstructed and did not keep, of what running answers keep
+        between steps, and of what is recorded."""
+        answers = [state.decoding for state in list(self._decoding)]  # which another thread may ask for
+        held = sum(decoding.held_bytes for decoding in answers if decoding)
+        return self._runner.staging_bytes + self._prompts.device_bytes + held
 
     @property
     def write_backlog(self) -> int:

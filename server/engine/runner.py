@@ -43,8 +43,12 @@ class CachePass(Protocol):
 class SequenceCache(Protocol):
     """The KV of one sequence, wherever it is."""
 
-    def staging_bytes(self, start: int) -> int:
-        """What a pass of new tokens from `start` on takes on the device besides pages and landmarks."""
+    @property
+    def held_bytes(self) -> int:
+        """What it keeps of the device between passes besides pages and landmarks."""
+
+    def staging_bytes(self, start: int, count: int) -> int:
+        """What a pass of `count` new tokens from `start` on takes of the device in addition."""
 
     def open(self, start: int, count: int) -> CachePass:
         """Begin a pass of `count` new tokens at positions start, start+1, ..."""
@@ -160,7 +164,7 @@ class ModelRunner:
         passes: list[list[int]] = []
         taken = 0
         for number in numbers:
-            needed = rows[number].cache.staging_bytes(rows[number].start)
+            needed = _staging_bytes(rows[number])
             taken += needed
             if not passes or (self._staging_limit is not None and taken > self._staging_limit):
                 passes.append([])
@@ -187,7 +191,7 @@ class ModelRunner:
     def _forward(self, rows: Sequence[Rows], kept: LayerKV | None = None) -> Tensor:
         """kept: gets the KV of all new tokens."""
         device, pool = self._adapter.device, self._pool
-        self._pass_bytes = sum(row.cache.staging_bytes(row.start) for row in rows)
+        self._pass_bytes = sum(map(_staging_bytes, rows))
         passes = [row.cache.open(row.start, len(row.token_ids)) for row in rows]
         spans: list[slice] = []
         for row in rows:
@@ -219,6 +223,10 @@ class ModelRunner:
         return self._adapter.forward(token_ids, positions, attention, rotate)
 
 
+def _staging_bytes(row: Rows) -> int:
+    return row.cache.staging_bytes(row.start, len(row.token_ids))
+
+
 def _sent(numbers: list[int], device: torch.device) -> Tensor:
     """int64 on the device, without a wait for what it computes."""
     return torch.tensor(numbers, pin_memory=device.type == "cuda").to(device, non_blocking=True)
@@ -240,9 +248,13 @@ class PagedCache:
         """Segments without a page that are read from the store, by index."""
         self._prepared: tuple[list[int], SegmentSource] | None = None
 
-    def staging_bytes(self, start: int) -> int:
+    @property
+    def held_bytes(self) -> int:
+        return self._prepared[1].held_bytes if self._prepared else 0
+
+    def staging_bytes(self, start: int, count: int) -> int:
         source = self._source(start)
-        return source.staging_bytes if source else 0
+        return source.staging_bytes(count) if source else 0
 
     def open(self, start: int, count: int) -> PagedPass:
         table = self.table

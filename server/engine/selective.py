@@ -171,8 +171,12 @@ class SelectiveCache:
         self._rows = RowCache(parts.pool, parts.index, _flat(self._landmarks, device), slots, selection)
         self._step = 0
 
-    def staging_bytes(self, start: int) -> int:
+    @property
+    def held_bytes(self) -> int:
         return self._rows.map_bytes
+
+    def staging_bytes(self, start: int, count: int) -> int:
+        return 0
 
     def open(self, start: int, count: int) -> CachePass:
         """count must be 1: what one token selects is not what another one needs."""

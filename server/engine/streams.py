@@ -70,6 +70,7 @@ class SegmentSource:
     def __init__(self, reader: SegmentReader, segments: Sequence[StoredSegment], *, sinks_only: bool) -> None:
         adapter = reader.adapter
         self.spec, self._device = adapter.spec, adapter.device
+        self._query_heads = adapter.num_q_heads
         self.spans: list[tuple[int, int]] = []
         """(first token, number of tokens) of each piece, in the order of the rows."""
         parts: list[tuple[Codec, list[StoredRecord], list[int]]] = []
@@ -108,11 +109,17 @@ class SegmentSource:
         return self._rope()
 
     @property
-    def staging_bytes(self) -> int:
-        """About what a layer in work takes on the device: chain state, keys, values, bytes on the way."""
+    def held_bytes(self) -> int:
+        """What it keeps of the device from its first use on: angles of RoPE."""
+        return 2 * self.num_tokens * self.spec.head_dim * self.spec.dtype.itemsize
+
+    def staging_bytes(self, rows: int) -> int:
+        """About what a layer in work takes on the device while so many new tokens attend to it: chain state,
+        keys, values, bytes on the way."""
         if self.chained is not None:
-            return self.chained.staging_bytes
-        return 2 * self.num_tokens * 2 * self.spec.channels * self.spec.dtype.itemsize
+            return self.chained.staging_bytes(rows, self._query_heads)
+        landings = sum(part.landing_bytes for part in self._parts)
+        return landings + 2 * self.num_tokens * 2 * self.spec.channels * self.spec.dtype.itemsize
 
     def open(self) -> SegmentStream:
         """Begin with layer 0."""
@@ -167,6 +174,15 @@ class _Records:
         else:
             parts = [as_tensor(body).split(own) for body, own in zip(bodies, by_record, strict=True)]
             self._by_layer = [list(slices) for slices in zip(*parts, strict=True)]
+
+    @property
+    def landing_bytes(self) -> int:
+        """Of the device, through which bytes arrive."""
+        if self._slices is None:
+            return 0
+        from aquifer.server.engine.device_streams import landing_sizes
+
+        return sum(landing_sizes(self._slices.layer_bytes))
 
     def open(self) -> Callable[[], tuple[Tensor, Tensor]]:
         """What gives the next decoded layer at each call: keys and values [T, C] before RoPE."""

@@ -143,6 +143,25 @@ def test_two_users_of_one_document_share_its_landmarks(make_engine: MakeEngine) 
     assert engine.load().device_bytes["landmarks"] == 4 * page
 
 
+@pytest.mark.parametrize("mode", ["selective", "verified"])
+def test_what_an_answer_holds_is_on_the_books_as_long_as_it_runs(
+    mode: KVMode, make_engine: MakeEngine
+) -> None:
+    engine = make_engine(tiny_model("llama"), keep=False)
+    staged: list[int] = []
+
+    def look(event: Event) -> None:
+        if isinstance(event, TokenEvent):
+            staged.append(engine.load().device_bytes["staging"])
+
+    for seed in (14, 15):  # steps that are recorded count from the first time on
+        staged.clear()
+        submit(engine, ask(prompt(seed, 1100), 12, mode=mode), look).wait()
+        answer(engine, ask(prompt(seed, 20), 2))  # whose steps need nothing of this kind
+    slot_of_each_token = 4 * 1024 * 3 * 2  # bytes: in each of 3 layers, for each of 2 heads
+    assert max(staged) > engine.load().device_bytes["staging"] + slot_of_each_token
+
+
 def test_a_stored_document_is_streamed_to_several_users_at_once(make_engine: MakeEngine) -> None:
     engine = make_engine(tiny_model("llama"), pages=12, keep=False)
     document = prompt(12, 1024)

@@ -22,7 +22,7 @@ from aquifer.compression.spec import KVSpec
 from aquifer.kernels.attention import attend_ref, merge_attention
 from aquifer.kernels.rope import apply_rope
 from aquifer.server.engine import device_streams
-from aquifer.server.engine.device_streams import ChainedSegments, LandedLayers
+from aquifer.server.engine.device_streams import ChainedSegments, LandedLayers, Landing
 from aquifer.server.engine.fetch import StoredRecord, StoredSegment
 from aquifer.server.engine.host_slices import HostRecords, HostSlices
 from aquifer.server.engine.pages import BlockTable, PagePool
@@ -213,11 +213,20 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 def test_a_stream_gives_layer_after_layer(stored: Stored, launched: list[str]) -> None:
     segments = stored.segments()
-    assert segments.num_tokens == 4 + sum(COUNTS) and segments.staging_bytes > 0
+    assert segments.num_tokens == 4 + sum(COUNTS)
     for _ in range(2):
         stream = segments.open([])
         for expected in stored.expected(0):
             close(torch.stack(stream.next_layer()), expected)
+
+
+def test_staging_is_what_a_stream_takes_of_the_device(stored: Stored, device: torch.device) -> None:
+    segments = stored.segments()
+    queues = device_streams.queues_of(device)
+    landing, decoder = Landing(segments.slices, queues.copies), segments.decoder()
+    stream = landing.memory.nbytes + sum(tensor.nbytes for tensor in decoder.buffers)
+    assert segments.staging_bytes(1, query_heads=6) == stream + 4 * 6 * sum(COUNTS)
+    assert segments.staging_bytes(2, query_heads=6) == stream + segments.new_layer().nbytes
 
 
 @pytest.mark.parametrize("queries", [1, 3])

@@ -182,14 +182,11 @@ def test_a_request_answers_alike_alone_and_beside_others(setting: Setting, launc
     assert launched
 
 
-def test_device_bytes_count_what_the_running_requests_hold(setting: Setting, launched: list[str]) -> None:
-    before = setting.lanes.device_bytes
-    cache = setting.read(600, 0.2)[1]
-    setting.fast.step([Rows([9], 600, cache)])
-    assert setting.lanes.device_bytes == before + cache.device_bytes
+def test_a_request_counts_what_it_holds_of_the_device(setting: Setting) -> None:
+    plain, fast = setting.read(600, 0.2)
     layers, sets = 2, setting.lanes._sets
-    assert cache.device_bytes > 4 * layers * sets * (512 + 2 * (cache._lane.slots - SINK_TOKENS))
-    assert launched
+    least = 4 * layers * sets * (512 + 2 * (fast._lane.slots - SINK_TOKENS))
+    assert fast.held_bytes > plain.held_bytes > least
 
 
 def test_a_lane_takes_part_in_recorded_steps_only(setting: Setting) -> None:
