@@ -3,6 +3,7 @@
 import copy
 import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from aquifer.kernels.backend import PLAIN, backend_for
+from aquifer.server.engine.graphed_chunks import GraphedChunks
 from aquifer.server.engine.graphs import GraphedStep, PagedLanes, Recordings, bucket_of
 from aquifer.server.engine.pages import BlockTable, PagePool
 from aquifer.server.engine.runner import ModelRunner, PagedCache, Rows
@@ -76,20 +78,25 @@ def test_tokens_and_probabilities_equal_those_of_plain_steps(family: str) -> Non
 
 @pytest.mark.skipif(not ON_GPU, reason="the kernels and operators that serve bfloat16 need a GPU")
 def test_in_bfloat16_chunks_and_steps_differ_from_float32_by_rounding_only() -> None:
-    """As far as the model's own modules do. Chunks of 1,024 go to cuDNN, the last one to flash attention."""
+    """As far as the model's own modules do. Chunks of 1,024 go to cuDNN, of 680 to flash attention; the last
+    one is replayed."""
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "head_dim": 128}
+    sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 8192}
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, **sizes, "num_key_value_heads": 2})).to(DEVICE).eval()
+    model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, **sizes})).to(DEVICE).eval()
     ids = random.Random(0).choices(range(299), k=6000)
+    cuts = [*range(0, 6000, 1024), 5800, 6000]
     found: list[list[Tensor]] = []
     for dtype, backend in ((torch.float32, PLAIN), (torch.bfloat16, PLAIN), (torch.bfloat16, None)):
         adapter = DecoderAdapter(copy.deepcopy(model).to(dtype), max_tokens=8192, backend=backend)
         pool = PagePool(adapter.spec, 32 * 256 * adapter.spec.bytes_per_token, DEVICE, keep=False)
         lanes = PagedLanes(pool, adapter.backend, MAX_ROWS, 32)
         recorded = GraphedStep(adapter, pool, lanes, MAX_ROWS, torch.cuda.graph_pool_handle())
-        runner = ModelRunner(adapter, pool, [recorded] if adapter.backend.fuses else [])
+        chunked = GraphedChunks(adapter, pool, torch.cuda.graph_pool_handle())
+        fuses = adapter.backend.fuses
+        runner = ModelRunner(adapter, pool, [recorded] if fuses else [], chunked if fuses else None)
         cache = PagedCache(pool, BlockTable(list(range(31, -1, -1))[:16] + list(range(16))))
-        chunks = [runner.prefill(ids[at : at + 1024], at, cache)[0][-300:] for at in range(0, 6000, 1024)]
+        chunks = [runner.prefill(ids[at:stop], at, cache)[0][-300:] for at, stop in pairwise(cuts)]
         (stepped,) = runner.step([Rows([7], 6000, cache)])
         assert isinstance(stepped, Tensor)
         found.append([runner.logits(torch.cat(chunks)).cpu(), stepped])
