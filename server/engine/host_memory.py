@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import structlog
 import torch
 from torch import Tensor
+
+log = structlog.get_logger(__name__)
 
 
 def page_lock(memory: Tensor) -> Callable[[], None]:
@@ -31,6 +34,17 @@ def until_read(device: torch.device) -> None:
     it reads may end, and page-locked copies be freed. A CPU has read it already."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
+
+
+def until_idle(device: torch.device) -> None:
+    """Wait for all queues of a CUDA device: of work that failed halfway, some may be in queues that the
+    current stream does not wait for, and still read host memory."""
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:  # it does nothing any more, then
+        log.error("the device failed", exc_info=error)
 
 
 def lock_for(device: torch.device, memories: Sequence[Tensor]) -> Callable[[], None]:

@@ -20,6 +20,7 @@ from aquifer.server.engine.decoding import OneByOne, Verified
 from aquifer.server.engine.fetch import Fetched, Fetcher
 from aquifer.server.engine.graphed_chunks import graphed_chunks
 from aquifer.server.engine.graphs import graphed_steps
+from aquifer.server.engine.host_memory import until_idle
 from aquifer.server.engine.parts import EngineParts
 from aquifer.server.engine.reading import Claims, PromptReader
 from aquifer.server.engine.records import prompt_usage
@@ -307,6 +308,7 @@ class StepLoop:
 
     def _fail(self, state: RequestState, error: Exception) -> None:
         log.error("request failed", request_id=state.request.request_id, exc_info=error)
+        until_idle(self._parts.adapter.device)
         self._drop(state)
         state.sink(FailedEvent("internal", f"generation failed: {type(error).__name__}: {error}"))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -91,14 +92,11 @@ class PromptReader:
 
     def _restore_group(self, state: RequestState) -> None:
         started = time.perf_counter()
-        most = self._restorer.group_segments
-        group = [state.restores.popleft() for _ in range(min(most, len(state.restores)))]
-        try:
-            self._restorer.restore(group, state.cache.table)
-        finally:
-            for segment in group:
-                segment.release()
+        group = list(islice(state.restores, self._restorer.group_segments))
+        self._restorer.restore(group, state.cache.table)
         for segment in group:
+            # Not before: if it fails, the request's end gives them back, when the device reads nothing more.
+            state.restores.popleft().release()
             self._register(state, segment.index)
         self._claims.drop(state, [segment.index for segment in group])
         seconds = time.perf_counter() - started

@@ -5,6 +5,7 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from asking import answer, ask, prompt, submit, text_of
 from tiny_models import DEVICE, FAMILIES, greedy_reference, tiny_model
 
 from aquifer.cachestore.keys import chain_keys, make_namespace
+from aquifer.server.engine import loop
 from aquifer.server.engine.engine import Engine, EngineError
+from aquifer.server.engine.pages import PagePool
 from aquifer.server.engine.types import (
     Event,
     FailedEvent,
@@ -50,6 +53,33 @@ def test_pages_on_the_device_are_shared_and_counted_as_gpu_hits(make_engine: Mak
     assert last.cached.gpu == 768
     assert tokens == greedy_reference(model, ids[:768] + prompt(3, 50), 8)
     assert engine.load().device_bytes["resident"] - used == 0
+
+
+def test_records_of_a_restore_that_fails_are_leased_until_the_device_reads_nothing(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    engine = make_engine(model, keep=False)
+    ids = prompt(31, 1100)
+    answer(engine, ask(ids))
+    assert engine.flush(30)
+    leased: list[int] = []
+    monkeypatch.setattr(loop, "until_idle", lambda device: leased.append(engine.store.ram.open_leases))
+    write = PagePool.write
+
+    def fail(pool: PagePool, layer: int, *rest: Any) -> None:
+        if layer == 1:
+            raise RuntimeError("out of memory")
+        write(pool, layer, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PagePool, "write", fail)
+        with pytest.raises(EngineError, match="out of memory"):
+            engine.generate([ask(ids)])
+    assert leased == [1024 // 256 + 1]  # with the sinks
+    assert engine.flush(30) and engine.store.ram.open_leases == 0
+    tokens, last = answer(engine, ask(ids))
+    assert tokens == greedy_reference(model, ids, 8) and last.cached.ram == 1024
 
 
 def test_eight_concurrent_users_of_one_document_share_its_pages(make_engine: MakeEngine) -> None:
