@@ -22,7 +22,7 @@ from torch import Tensor
 from aquifer.compression.chain import ChainCodec, Codes, Half, HalfCoder, LayerCoder, SegmentDecoder
 from aquifer.compression.fingerprint import fingerprint
 from aquifer.compression.gaussian import grid_digest, load_grid
-from aquifer.compression.predictors import Predictors
+from aquifer.compression.predictors import Predictors, PredictorsError
 from aquifer.compression.raw import check_kv
 from aquifer.compression.spec import Encoded, KVSpec
 from aquifer.kernels.hadamard import Rotation, hadamard_group
@@ -56,8 +56,13 @@ class AquaCodec:
         codec_dtype: torch.dtype,
         int8: bool = False,
     ) -> None:
-        """int8: predict in integers. Raises ValueError if the predictors do not tell how values spread."""
+        """int8: predict in integers. Raises PredictorsError if these do not tell how values spread."""
         self.name = f"{'aqua' if predictors else 'higgs'}:{bits}{':int8' if int8 else ''}"
+        if int8 and predictors and not predictors.card.tells_spreads:
+            raise PredictorsError(
+                "predicting in integers needs to know how values spread, which the card of these predictors "
+                f"does not tell: calibrate this model again with `aquifer calibrate`, or use aqua:{bits}"
+            )
         self.int8 = int8
         self.spec = spec
         self.codec_dtype = codec_dtype

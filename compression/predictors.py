@@ -53,6 +53,12 @@ class PredictorCard:
     """Bits of the residuals in the closed loop in which the predictors were fitted."""
     layers: list[LayerFit]
 
+    @property
+    def tells_spreads(self) -> bool:
+        """Whether it says how values spread in every layer, so that predictions can be made in integers."""
+        spreads = [(fit.key_spread, fit.value_spread) for fit in self.layers]
+        return bool(spreads) and all(None not in spread for spread in spreads)
+
 
 @dataclass(frozen=True)
 class Predictors:
@@ -92,18 +98,12 @@ class Predictors:
         return (self.key_weight[row], self.key_bias[row]), (self.value_weight[row], self.value_bias[row])
 
     def spread(self, layer: int, half: int) -> float:
-        """Standard deviation of the rotated keys (half 0) or values of a layer about their mean.
-
-        Raises PredictorsError if the card does not tell.
-        """
-        fits = self.card.layers[layer : layer + 1]
-        known = [spread for fit in fits if (spread := (fit.key_spread, fit.value_spread)[half]) is not None]
-        if not known:
-            raise PredictorsError(
-                "the card of these predictors does not tell how values spread, which int8 needs: calibrate "
-                "this model again with `aquifer calibrate`, or use aqua:2"
-            )
-        return known[0]
+        """Standard deviation of the rotated keys (half 0) or values of a layer about their mean; only where
+        `card.tells_spreads`."""
+        fit = self.card.layers[layer]
+        spread = (fit.key_spread, fit.value_spread)[half]
+        assert spread is not None
+        return spread
 
     @cached_property
     def hash(self) -> str:
@@ -126,21 +126,14 @@ class Predictors:
     @classmethod
     def load(cls, folder: Path, model_fingerprint: str) -> "Predictors":
         """Read predictors calibrated for this model. Raises PredictorsError for any others."""
+        card, stored_hash = read_card(folder)
         try:
-            card = json.loads((folder / CARD_FILE).read_text())
             tensors = load_file(folder / WEIGHTS_FILE)
+            predictors = cls(**tensors, card=card)
         except FileNotFoundError as error:
-            raise PredictorsError(
-                f"no predictors in {folder}: make them with `aquifer calibrate`, or use the codec higgs:4"
-            ) from error
-        except (json.JSONDecodeError, SafetensorError) as error:
-            raise PredictorsError(f"{folder / WEIGHTS_FILE} or {CARD_FILE} is damaged: {error}") from error
-        try:
-            stored_hash = card.pop("hash")
-            layers = [LayerFit(**fit) for fit in card.pop("layers")]
-            predictors = cls(**tensors, card=PredictorCard(**card, layers=layers))
-        except (AttributeError, KeyError, TypeError) as error:
-            raise PredictorsError(f"{folder / CARD_FILE} is damaged: {error}") from error
+            raise _none_in(folder) from error
+        except (SafetensorError, TypeError) as error:
+            raise PredictorsError(f"{folder / WEIGHTS_FILE} is damaged: {error}") from error
         if predictors.hash != stored_hash:
             raise PredictorsError(f"{folder / WEIGHTS_FILE} is not the file that its card describes")
         if predictors.card.model_fingerprint != model_fingerprint:
@@ -154,3 +147,22 @@ class Predictors:
     def _tensors(self) -> dict[str, Tensor]:
         names = ("key_mean", "value_mean", "key_weight", "key_bias", "value_weight", "value_bias")
         return {name: getattr(self, name) for name in names}
+
+
+def read_card(folder: Path) -> tuple[PredictorCard, str]:
+    """The card of the predictors in a folder, and the hash that it gives of them. Raises PredictorsError."""
+    try:
+        card = json.loads((folder / CARD_FILE).read_text())
+        stored_hash = card.pop("hash")
+        layers = [LayerFit(**fit) for fit in card.pop("layers")]
+        return PredictorCard(**card, layers=layers), str(stored_hash)
+    except FileNotFoundError as error:
+        raise _none_in(folder) from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # ValueError: of JSON and Unicode
+        raise PredictorsError(f"{folder / CARD_FILE} is damaged: {error}") from error
+
+
+def _none_in(folder: Path) -> PredictorsError:
+    return PredictorsError(
+        f"no predictors in {folder}: make them with `aquifer calibrate`, or use the codec higgs:4"
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import platform
 from dataclasses import dataclass
@@ -13,7 +12,10 @@ from typing import Literal
 from urllib.parse import urlsplit, urlunsplit
 
 from aquifer.cachestore.redis_link import RedisLink
+from aquifer.compression.predictors import PredictorsError, read_card
 from aquifer.server.settings import GIB, Settings
+
+Status = Literal["ok", "optional", "missing"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Finding:
     start. advice: what to do about it, empty when ok."""
 
     name: str
-    status: Literal["ok", "optional", "missing"]
+    status: Status
     found: str
     advice: str = ""
 
@@ -145,10 +147,15 @@ def _model_advice(settings: Settings) -> str:
 
 def _predictors(settings: Settings) -> Finding:
     folder = settings.predictors or Path(settings.model_path) / "predictors"
-    advice = "`aquifer calibrate` makes them; without, higgs:4 takes about twice the bytes"
+    codec = settings.codec
     try:
-        card = json.loads((folder / "card.json").read_text())
-    except (OSError, ValueError):
-        needed = settings.codec.startswith("aqua")
-        return Finding("predictors", "missing" if needed else "optional", f"none in {folder}", advice)
-    return Finding("predictors", "ok", f"{folder}, from {card['tokens']:,} tokens of {card['data']}")
+        card, _ = read_card(folder)
+    except (OSError, PredictorsError) as error:
+        status: Status = "missing" if codec.startswith("aqua") else "optional"
+        advice = "`aquifer calibrate` makes them; without, higgs:4 takes about twice the bytes"
+        return Finding("predictors", status, str(error), advice)
+    found = f"{folder}, from {card.tokens:,} tokens of {card.data}"
+    if codec.endswith(":int8") and not card.tells_spreads:
+        advice = f"`aquifer calibrate` makes new ones; or AQUIFER_CODEC={codec.removesuffix(':int8')}"
+        return Finding("predictors", "missing", f"{found}: too old to tell {codec} how values spread", advice)
+    return Finding("predictors", "ok", found)

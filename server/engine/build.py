@@ -158,7 +158,7 @@ def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
 def choose_codec(settings: Settings, loaded: LoadedModel) -> tuple[Codec, str | None]:
     """The codec of this process, and a note where it is not the one a user would expect.
 
-    Raises ValueError when an `aqua:*` codec was asked for and no matching predictors are found.
+    Raises ValueError when an `aqua:*` codec was asked for and no predictors are found that serve it.
     """
     device = loaded.adapter.device
     codec_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -174,9 +174,12 @@ def choose_codec(settings: Settings, loaded: LoadedModel) -> tuple[Codec, str | 
             name = "higgs:4"
             note = f"using higgs:4: {error}"
             log.warning("codec fallback", note=note)
-    codec = make_codec(
-        name, loaded.adapter.spec, device=device, codec_dtype=codec_dtype, predictors=predictors
-    )
+    try:
+        codec = make_codec(
+            name, loaded.adapter.spec, device=device, codec_dtype=codec_dtype, predictors=predictors
+        )
+    except ValueError as error:
+        raise ValueError(f"AQUIFER_CODEC={settings.codec}: {error}") from error
     return codec, note
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from aquifer.compression.codec import Codec, make_codec
-from aquifer.compression.predictors import Predictors
+from aquifer.compression.predictors import Predictors, PredictorsError
 from aquifer.compression.spec import SEGMENT_TOKENS, KVSpec
 from aquifer.compression.wire import record_bytes
 
@@ -142,8 +142,9 @@ def test_integers_need_to_know_how_values_spread(spec: KVSpec, predictors: Predi
     fits = [replace(fit, value_spread=None) for fit in predictors.card.layers]
     older = replace(predictors, card=replace(predictors.card, layers=fits))
     assert codec_of("aqua:2", spec, older).fingerprint == codec_of("aqua:2", spec, predictors).fingerprint
-    with pytest.raises(ValueError, match="calibrate this model again"):
-        codec_of("aqua:2:int8", spec, older)
+    for name, same_bits in (("aqua:2:int8", "aqua:2"), ("aqua:4:int8", "aqua:4")):
+        with pytest.raises(PredictorsError, match=f"calibrate this model again.* or use {same_bits}$"):
+            codec_of(name, spec, older)
     fits = [replace(fit, key_spread=2.0) for fit in predictors.card.layers]
     wider = replace(predictors, card=replace(predictors.card, layers=fits))
     fingerprints = {codec_of("aqua:2:int8", spec, maps).fingerprint for maps in (wider, predictors)}

@@ -222,6 +222,26 @@ def test_calibrate_makes_predictors_that_doctor_finds(tmp_path: Path, checkpoint
     predictors = next(f for f in json.loads(found.stdout) if f["name"] == "predictors")
     assert predictors["status"] == "ok" and "tokens of texts.jsonl" in predictors["found"]
 
+    card = json.loads((folder / "card.json").read_text())
+    for fit in card["layers"]:
+        del fit["key_spread"], fit["value_spread"]  # as in cards from before predictions in integers
+    (folder / "card.json").write_text(json.dumps(card))
+    asked = [*model, "--predictors", str(folder), "--codec", "aqua:3:int8"]
+    found = run("doctor", "--json", *asked)
+    predictors = next(f for f in json.loads(found.stdout) if f["name"] == "predictors")
+    assert predictors["status"] == "missing" and "AQUIFER_CODEC=aqua:3" in predictors["advice"]
+    refused = run("serve", *asked, *SMALL)
+    assert refused.exit_code == 2
+    message = " ".join(refused.stderr.split())
+    assert "AQUIFER_CODEC=aqua:3:int8: predicting in integers" in message and "use aqua:3" in message
+
+
+def test_doctor_tells_of_a_damaged_card(tmp_path: Path, checkpoint: Path) -> None:
+    (tmp_path / "card.json").write_text("{}")
+    found = run("doctor", "--json", "--model", str(checkpoint), "--predictors", str(tmp_path))
+    predictors = next(f for f in json.loads(found.stdout) if f["name"] == "predictors")
+    assert predictors["status"] == "optional" and "card.json is damaged" in predictors["found"]
+
 
 def test_calibrate_names_the_line_that_is_no_text(tmp_path: Path, checkpoint: Path) -> None:
     texts = tmp_path / "texts.jsonl"
