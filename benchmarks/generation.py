@@ -80,6 +80,14 @@ class Decoding:
     rows: Sequence[RowsKind] = ("own",)
     accept: float | None = None
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for an `accept` that would say nothing."""
+        if self.accept is not None and "verified" not in self.modes:
+            raise ValueError(
+                f"--accept {self.accept:g} is the share of drafts that mode verified accepts; measured here: "
+                f"{', '.join(self.modes)}. Add --mode verified"
+            )
+
     @property
     def selects(self) -> bool:
         return bool(_SELECTING & set(self.modes))

@@ -11,6 +11,7 @@ import typer
 from aquifer.server.flags import fail
 
 if TYPE_CHECKING:
+    from aquifer.benchmarks.generation import Decoding
     from aquifer.benchmarks.geometries import Subject
     from aquifer.benchmarks.harness import Report
     from aquifer.benchmarks.selection import RowsKind
@@ -148,10 +149,10 @@ def decode(
 ) -> None:
     """One step behind a long context, by mode."""
     from aquifer.benchmarks.engines import Needs
-    from aquifer.benchmarks.generation import Decoding, bench_decode
+    from aquifer.benchmarks.generation import bench_decode
 
+    decoding = _decoding(mode, budget, rows, accept)
     subject = _subject(geometry, layers, device, weights)
-    decoding = Decoding(_modes(mode), budget, _rows(rows), accept)
     needs = Needs(codec, tokens, batch, new_tokens, device_bytes=gpu_kv_bytes, indexed=decoding.selects)
     _run(lambda: bench_decode(subject, needs, decoding, repeat, peer), json_file)
 
@@ -178,7 +179,7 @@ def throughput(
 ) -> None:
     """Tokens per second against the number of contexts answered at once, until memory is full."""
     from aquifer.benchmarks.engines import Needs
-    from aquifer.benchmarks.generation import Decoding, bench_throughput
+    from aquifer.benchmarks.generation import bench_throughput
 
     try:
         counts = sorted({int(count) for count in contexts.split(",")})
@@ -186,8 +187,8 @@ def throughput(
         fail(f"--contexts takes numbers with commas between, not {contexts!r}")
     if counts[0] < 1:
         fail("--contexts begins with at least 1")
+    decoding = _decoding(mode, budget, rows, accept)
     subject = _subject(geometry, layers, device, weights)
-    decoding = Decoding(_modes(mode), budget, _rows(rows), accept)
     needs = Needs(codec, tokens, counts[-1], new_tokens, device_bytes=gpu_kv_bytes, indexed=decoding.selects)
     _run(lambda: bench_throughput(subject, needs, decoding, repeat, counts), json_file)
 
@@ -308,6 +309,15 @@ def _rows(names: list[str]) -> list[RowsKind]:
         if name not in get_args(RowsKind):
             fail(f"no rows {name!r}; there are {', '.join(get_args(RowsKind))}")
     return cast("list[RowsKind]", names)
+
+
+def _decoding(modes: list[str], budget: float | None, rows: list[str], accept: float | None) -> Decoding:
+    from aquifer.benchmarks.generation import Decoding
+
+    try:
+        return Decoding(_modes(modes), budget, _rows(rows), accept)
+    except ValueError as error:
+        fail(str(error))
 
 
 def _subject(geometry: str, layers: int | None, device: str, weights: Path | None) -> Subject:

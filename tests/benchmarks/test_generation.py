@@ -76,6 +76,8 @@ def test_throughput_stops_where_memory_is_full(bench: Callable[..., Any], weight
         (["throughput", "--contexts", "0,2"], "at least 1"),
         (["decode", "--mode", "fast"], "no mode"),
         (["decode", "--geometry", "gpt-5"], "no geometry"),
+        (["decode", "--accept", "0.8", "--mode", "selective"], "--mode verified"),
+        (["throughput", "--accept", "0.8"], "--mode verified"),
     ],
 )
 def test_a_bad_argument_ends_with_a_message(arguments: list[str], words: str) -> None:
