@@ -80,12 +80,11 @@ def chain_keys(
     token_ids: integers, or a buffer of integers (array, numpy array), or raw little-endian int32
     as bytes. A prompt shorter than `sink_tokens` has no sinks; a tail shorter than
     `segment_tokens` has no key.
-    Raises ValueError for a namespace that is not 16 bytes or a buffer that holds no integers,
-    OverflowError for an id outside int32.
+    Raises ValueError for a namespace that is not 16 bytes, and as `pack_ids` does.
     """
     if len(namespace) != NAMESPACE_BYTES:
         raise ValueError(f"a namespace has {NAMESPACE_BYTES} bytes, got {len(namespace)}")
-    ids = _int32_bytes(token_ids)
+    ids = pack_ids(token_ids)
     sinks = None
     if len(ids) >= 4 * sink_tokens > 0:
         # A domain tag each: the sink record of 4 tokens is not a segment of 4 tokens.
@@ -102,8 +101,11 @@ def chain_keys(
     return PromptKeys(sinks, tuple(segments))
 
 
-def _int32_bytes(token_ids: Sequence[int] | Buffer) -> bytes:
-    """Return token ids as little-endian int32, the form that is hashed."""
+def pack_ids(token_ids: Sequence[int] | Buffer) -> bytes:
+    """Token ids as little-endian int32, the form that is hashed; bytes are in it already.
+
+    Raises ValueError for a buffer that holds no integers, and for an id that is none of 32 bits.
+    """
     if isinstance(token_ids, bytes | bytearray):
         if len(token_ids) % 4:
             raise ValueError(f"{len(token_ids)} bytes are no whole number of int32 token ids")
@@ -119,4 +121,13 @@ def _int32_bytes(token_ids: Sequence[int] | Buffer) -> bytes:
     try:
         return struct.pack(f"<{len(ids)}i", *ids)  # three times as fast as an array
     except struct.error as error:
-        raise OverflowError(f"token ids must be integers that fit 32 bits: {error}") from error
+        place = next(place for place, one in enumerate(ids) if not _is_int32(one))
+        raise ValueError(f"token id {ids[place]!r} at place {place:,} is no integer of 32 bits") from error
+
+
+def _is_int32(number: object) -> bool:
+    try:
+        struct.pack("<i", number)
+    except struct.error:
+        return False
+    return True

@@ -14,10 +14,11 @@ from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
+import numpy as np
 import structlog
 import torch
 
-from aquifer.cachestore.keys import PromptKeys, chain_keys, make_namespace
+from aquifer.cachestore.keys import PromptKeys, chain_keys, make_namespace, pack_ids
 from aquifer.server.engine.admission import Admission
 from aquifer.server.engine.loop import StepLoop
 from aquifer.server.engine.parts import EngineParts
@@ -70,12 +71,14 @@ class Engine:
         """Take a request; its events arrive through `sink`, on the engine's thread. Returns at once.
 
         request_id must differ from those of all running requests. A sink that raises ends its request.
+        Raises ValueError for token ids that the model does not know: a device would fail at them for good.
         """
         plan = self._refusal(request) or self._admission.plan(request)
         if isinstance(plan, FailedEvent):
             sink(plan)
             return
         keys = self._keys(request.token_ids, request.cache_salt)
+        self._packed(request.score_ids)
 
         def guarded(event: Event) -> None:
             try:
@@ -194,7 +197,19 @@ class Engine:
 
     def _keys(self, token_ids: Sequence[int], cache_salt: str) -> PromptKeys:
         namespace = make_namespace(self.info.model_fingerprint, self.info.codec_fingerprint, cache_salt)
-        return chain_keys(namespace, token_ids)
+        return chain_keys(namespace, self._packed(token_ids))
+
+    def _packed(self, token_ids: Sequence[int]) -> bytes:
+        """Token ids as they are hashed. Raises ValueError for one that the model does not know."""
+        packed = pack_ids(token_ids)
+        unknown = np.frombuffer(packed, "<u4") >= self.info.vocab_size  # negative ones are the largest
+        if unknown.any():
+            place = int(unknown.argmax())
+            raise ValueError(
+                f"token id {token_ids[place]:,} at place {place:,} is none of this model's, which go from 0 "
+                f"to {self.info.vocab_size - 1:,}"
+            )
+        return packed
 
     def _refusal(self, request: GenerateRequest) -> FailedEvent | None:
         """Why a request cannot be taken, if so."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from array import array
 
 import pytest
@@ -109,9 +110,10 @@ def test_what_holds_no_integers_is_refused(bad: object) -> None:
         chain_keys(NAMESPACE, bad)  # type: ignore[arg-type]  # on purpose
 
 
-def test_a_token_id_beyond_int32_is_refused() -> None:
-    with pytest.raises(OverflowError):
-        chain_keys(NAMESPACE, [2**31])
+@pytest.mark.parametrize("bad", [2**31, -(2**31) - 1, 1.5, "7", None])
+def test_a_token_id_that_is_no_int32_is_named(bad: object) -> None:
+    with pytest.raises(ValueError, match=f"token id {re.escape(repr(bad))} at place 2 is no integer of 32"):
+        chain_keys(NAMESPACE, [1, 2, bad, bad])  # type: ignore[list-item]  # on purpose
 
 
 def test_a_namespace_of_the_wrong_size_is_refused() -> None:

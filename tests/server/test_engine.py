@@ -2,6 +2,7 @@
 from, the tokens are those of plain `generate`."""
 
 import itertools
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -80,6 +81,19 @@ def test_records_of_a_restore_that_fails_are_leased_until_the_device_reads_nothi
     assert engine.flush(30) and engine.store.ram.open_leases == 0
     tokens, last = answer(engine, ask(ids))
     assert tokens == greedy_reference(model, ids, 8) and last.cached.ram == 1024
+
+
+@pytest.mark.parametrize("bad", [-1, 300, 2**31])
+@pytest.mark.parametrize("where", ["token_ids", "score_ids"])
+def test_a_token_id_that_the_model_does_not_know_is_named(
+    bad: int, where: str, make_engine: MakeEngine
+) -> None:
+    engine = make_engine(tiny_model("llama"))
+    good = ask(prompt(32, 20))
+    named = re.escape(f"{bad:,}") if bad < 2**31 else str(bad)
+    with pytest.raises(ValueError, match=f"token id {named} at place 1"):
+        engine.generate([replace(good, **{where: (7, bad)})])
+    assert answer(engine, good)[1].generated_tokens == 8
 
 
 def test_eight_concurrent_users_of_one_document_share_its_pages(make_engine: MakeEngine) -> None:
