@@ -59,7 +59,8 @@ def _over_pages(shape: Shape, name: str, tokens: int, *, requests: int = 1, quer
         return partial(attend_pages, q, keys, values, tables, lengths)
 
     needs = {Limit.MEMORY: cached, Limit.GEMM: flop, Limit.START: 2}
-    return Kernel(name, shape.layers(cached, layer), needs)
+    note = f"{tokens:,} tokens each" if requests > 1 else None
+    return Kernel(name, shape.layers(cached, layer), needs, note=note)
 
 
 def prefill_kernels(shape: Shape) -> list[Kernel]:

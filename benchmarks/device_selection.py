@@ -117,6 +117,7 @@ def _row_kernels(shape: Shape, layers: Sequence[_Layer], suffix: str) -> list[Ke
             [layer.find for layer in layers],
             {Limit.MEMORY: heads * (12.0 * one.wanted + 8.0 * one.slots), Limit.START: 3},
             prepare=put_back,
+            note=f"{one.wanted:,} tokens are chosen for each of {heads} heads",
         ),
         Kernel(
             f"fetch rows, {suffix}",

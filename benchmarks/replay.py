@@ -48,7 +48,7 @@ def replayed(
         try:
             graph, _ = record_graph(launch, torch.cuda.graph_pool_handle(), side)
         except RuntimeError as error:
-            log.warning("launched in a row, not replayed", operation=repr(operations[0]), exc_info=error)
+            log.warning("launched in a row, not replayed", operation=repr(operations[0]), error=str(error))
             return launch
         return graph.replay
 
