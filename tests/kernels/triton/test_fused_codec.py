@@ -359,7 +359,12 @@ def test_a_source_goes_with_its_last_user(device: torch.device) -> None:
     angles = torch.zeros(256, SPEC.head_dim, dtype=DTYPE, device=device)
     adapter = cast(
         DecoderAdapter,
-        SimpleNamespace(spec=SPEC, device=device, rope_table=lambda positions: (angles[positions],) * 2),
+        SimpleNamespace(
+            spec=SPEC,
+            device=device,
+            num_q_heads=4,
+            rope_table=lambda positions: (angles[positions],) * 2,
+        ),
     )
     raw = RawCodec(SPEC)
     rows, sinks = (
