@@ -1,6 +1,7 @@
 """The last step of decoding a layer: out of the rotated domain, RoPE, and into the pages.
 
-All of it happens in registers.
+All of it happens in registers. Everything a program reads is asked for before the product with the Hadamard
+matrix: behind its barriers each load would wait for memory once more.
 
 Bytes moved: one element read and one written per channel, plus 2 * D per token for RoPE. The plain code
 moves about eight times as many, a pass over memory per step.
@@ -39,29 +40,30 @@ def upright_heads(
     channel = first_channel + tl.arange(0, GROUP)
     place = token.to(tl.int64)[:, None] * row_stride + channel[None, :]
     x = tl.load(state + place, mask=exists[:, None], other=0.0).to(tl.float32)
-    x = turn_group(x, LEFT, RIGHT, EXACT) * (tl.load(signs + channel) * SCALE)[None, :]
+    sign = tl.load(signs + channel) * SCALE
+    x = turn_group(x, LEFT, RIGHT, EXACT) * sign[None, :]
     halves = tl.permute(tl.reshape(x, [rows, GROUP // HEAD_DIM, 2, HEAD_DIM // 2]), [0, 1, 3, 2])
     return tl.split(halves)
 
 
 @triton.jit
-def with_rope(
-    low: tl.tensor,
-    high: tl.tensor,
-    cos: tl.tensor,
-    sin: tl.tensor,
-    token: tl.tensor,
-    exists: tl.tensor,
-    HEAD_DIM: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
-    """The same heads after RoPE, half-split: channel i of a head turns with channel i + D/2."""
-    half: tl.constexpr = HEAD_DIM // 2
-    angle, mask = token[:, None] * HEAD_DIM + tl.arange(0, half)[None, :], exists[:, None]
-    cos_low = tl.load(cos + angle, mask=mask, other=0.0).to(tl.float32)[:, None, :]
-    cos_high = tl.load(cos + angle + half, mask=mask, other=0.0).to(tl.float32)[:, None, :]
-    sin_low = tl.load(sin + angle, mask=mask, other=0.0).to(tl.float32)[:, None, :]
-    sin_high = tl.load(sin + angle + half, mask=mask, other=0.0).to(tl.float32)[:, None, :]
+def with_rope(low: tl.tensor, high: tl.tensor, cos: tl.tensor, sin: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """The same heads after RoPE, half-split: channel i of a head turns with channel i + D/2.
+
+    cos, sin: [T, HEAD_DIM].
+    """
+    cos_low, cos_high = _halves(cos)
+    sin_low, sin_high = _halves(sin)
     return low * cos_low - high * sin_low, high * cos_high + low * sin_high
+
+
+@triton.jit
+def _halves(x: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """The lower and the upper half of rows [T, D], float32 [T, 1, D/2] both."""
+    rows: tl.constexpr = x.shape[0]
+    half: tl.constexpr = x.shape[1] // 2
+    low, high = tl.split(tl.permute(tl.reshape(x.to(tl.float32), [rows, 2, half]), [0, 2, 1]))
+    return low[:, None, :], high[:, None, :]
 
 
 @triton.jit
@@ -90,17 +92,21 @@ def _emit(
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = token < count
     first_channel = tl.program_id(1) * GROUP
+    slot = tl.load(slots + token, mask=exists, other=-1).to(tl.int64)
+    angle = token[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+    turns = (exists & (is_values == 0))[:, None]
+    cosines = tl.load(cos + angle, mask=turns, other=0.0)
+    sines = tl.load(sin + angle, mask=turns, other=0.0)
     state += is_values * CHANNELS
     low, high = upright_heads(
         state, token, exists, row_stride, signs, first_channel, GROUP, LEFT, RIGHT, HEAD_DIM, NORM, EXACT
     )
     if is_values == 0:
-        low, high = with_rope(low, high, cos, sin, token, exists, HEAD_DIM)
+        low, high = with_rope(low, high, cosines, sines)
 
     half: tl.constexpr = HEAD_DIM // 2
     heads: tl.constexpr = GROUP // HEAD_DIM
     within = tl.arange(0, half)
-    slot = tl.load(slots + token, mask=exists, other=-1).to(tl.int64)
     head = first_channel // HEAD_DIM + tl.arange(0, heads)
     place = slot[:, None] * HEAD_DIM + head.to(tl.int64)[None, :] * head_stride
     place = place[:, :, None] + within[None, None, :]

@@ -53,10 +53,13 @@ def _score_keys(
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = token < count
     group = tl.program_id(1)
+    angle = token[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+    cosines = tl.load(cos + angle, mask=exists[:, None], other=0.0)
+    sines = tl.load(sin + angle, mask=exists[:, None], other=0.0)
     low, high = upright_heads(
         state, token, exists, row_stride, signs, group * GROUP, GROUP, LEFT, RIGHT, HEAD_DIM, SCALE, EXACT
     )
-    low, high = with_rope(low, high, cos, sin, token, exists, HEAD_DIM)
+    low, high = with_rope(low, high, cosines, sines)
     half: tl.constexpr = HEAD_DIM // 2
     heads: tl.constexpr = GROUP // HEAD_DIM
     head = group * heads + tl.arange(0, heads)
