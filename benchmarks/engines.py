@@ -26,7 +26,8 @@ from aquifer.compression.spec import SEGMENT_TOKENS, SINK_TOKENS
 from aquifer.compression.wire import RecordHeader, seal
 from aquifer.server.engine.build import build_engine
 from aquifer.server.engine.engine import Engine
-from aquifer.server.engine.records import segment_span
+from aquifer.server.engine.pages import pages_of
+from aquifer.server.engine.records import segment_span, slot_bytes
 from aquifer.server.engine.types import FinishedEvent, GenerateRequest, KVMode, SamplingParams
 from aquifer.server.metrics import Metrics
 from aquifer.server.settings import MIB, load_settings
@@ -36,8 +37,9 @@ STORE_SECONDS = 600.0
 FIRST_ID = 3
 """Below it lie the bundled model's special tokens."""
 
-_ROWS_SHARE = 0.6
-"""Of uncompressed KV: more than the rows of selective decoding take in any dtype."""
+_ROWS_SHARE, _LANDMARKS_SHARE = 0.3, 1 / 12
+"""Of uncompressed KV: more than the rows of selective decoding take in host memory, and their landmarks on
+the device, in any dtype."""
 
 _INDEX_SHARE = 0.5
 """Added to the device's KV bytes for landmarks, of which the engine takes what the rows allow."""
@@ -75,16 +77,19 @@ def engine_for(subject: Subject, needs: Needs, metrics: Metrics | None = None) -
     """An engine with just the memory that a measurement needs, so that a large one fits a small machine."""
     raw_bytes = subject.spec.bytes_per_token * (needs.tokens + 2 * SEGMENT_TOKENS) * needs.contexts
     answers = subject.spec.bytes_per_token * needs.contexts * (needs.new_tokens + SEGMENT_TOKENS)
-    stored_share = 1.0 if needs.codec == "raw" else 0.4
+    codec, raw = subject.codec(needs.codec), subject.codec("raw")
+    records = needs.contexts * (pages_of(needs.tokens) + 2)
+    device_bytes = needs.device_bytes or int((raw_bytes + answers) * (1 + _INDEX_SHARE * needs.indexed))
     settings = load_settings(
         model=str(subject.folder),
         device=str(subject.device),
         codec=needs.codec,
         gpu_cache=needs.on_device,
-        gpu_kv_bytes=needs.device_bytes or int((raw_bytes + answers) * (1 + _INDEX_SHARE * needs.indexed)),
+        gpu_kv_bytes=device_bytes,
         streamed_gpu_bytes=needs.streamed_bytes,
         selective_ram_bytes=int(_ROWS_SHARE * raw_bytes) * needs.indexed,
-        ram_bytes=int(1.1 * stored_share * raw_bytes) + 16 * MIB,
+        selective_gpu_share=min(0.9, max(0.125, _LANDMARKS_SHARE * raw_bytes / device_bytes)),
+        ram_bytes=int(1.1 * records * slot_bytes(codec, raw)) + 16 * MIB,
         redis_url=needs.redis_url or "",
         max_prompt_tokens=needs.tokens + SEGMENT_TOKENS,
         max_running_requests=max(16, needs.contexts),
