@@ -26,14 +26,14 @@ PROGRAMS = 8192
 among short ones is spread over it, too. On an H200, 131,072 tokens beside 15 x 1,024 take 147 us with 64
 splits and 421 with 8; where all are alike it makes no difference."""
 
-TILE_PROGRAMS = 256
-"""The same where a request has several query tokens, and a tile of them keeps its program busy."""
+TILE_PROGRAMS = 132
+"""The same where a request has several query tokens: one for each multiprocessor, which a tile keeps busy."""
 
 TILE_ROWS, TILE_ELEMENTS = 128, 1 << 14
 """Of queries that one program attends at once. More would spill registers; in float32 more than one token."""
 
 BLOCK_BYTES = 1 << 14
-"""Of keys that a program multiplies at once. More spills registers."""
+"""Of keys that a program multiplies at once; twice as many for a full tile. More spills registers."""
 
 MAX_SPLITS = 64
 """More would not fit into the registers of the program that merges them."""
@@ -202,9 +202,10 @@ def attend_pages(
     most = max(1, min(TILE_ROWS, TILE_ELEMENTS // head_dim) // group) if q.element_size() == 2 else 1
     tile = min(triton.next_power_of_2(count), 1 << most.bit_length() - 1)
     tiles = requests * triton.cdiv(count, tile)
+    rows = max(16, triton.next_power_of_2(tile * group))  # tensor cores take 16
     if block_tokens is None:
         block_tokens = max(16, min(64, BLOCK_BYTES // (head_dim * q.element_size())))
-        block_tokens *= 2 if tile > 1 and head_dim <= 128 else 1
+        block_tokens *= 2 if rows >= TILE_ROWS and tile > 1 else 1
     expect_power_of_two("block_tokens", block_tokens, 16, 256)
     blocks = -(-block_tables.shape[-1] * page_tokens // block_tokens)
     if splits is None:
@@ -212,7 +213,6 @@ def attend_pages(
     splits = max(1, min(splits, blocks, MAX_SPLITS))
     partial_out = torch.empty(queries, num_q_heads, splits, head_dim, device=q.device)
     partial_lse = torch.empty(queries, num_q_heads, splits, device=q.device)
-    rows = max(16, triton.next_power_of_2(tile * group))  # tensor cores take 16
     _attend_split[(splits, num_heads, tiles)](
         q.contiguous(),
         keys,
