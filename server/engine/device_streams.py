@@ -22,7 +22,8 @@ from aquifer.compression.codec import Codec
 from aquifer.compression.spec import KVSpec
 from aquifer.kernels.attention import attend, attend_in_pieces
 from aquifer.kernels.rope import apply_rope
-from aquifer.server.engine.host_slices import HostRecords, HostSlices, to_device
+from aquifer.server.engine.host_memory import to_device
+from aquifer.server.engine.host_slices import HostRecords, HostSlices
 from aquifer.server.engine.pages import PagePool
 from aquifer.server.engine.records import joined, numbers_of
 

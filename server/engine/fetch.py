@@ -74,11 +74,11 @@ class Fetcher:
         held = {index: tier for index, tier in zip(indices, tiers, strict=True) if tier is not None}
         wanted = [index for index, tier in held.items() if self._gate.worth_loading(tier)]
         asked = [keys.segments[index] for index in wanted]
-        with_sinks = 0 in wanted and keys.sinks is not None
-        if with_sinks and keys.sinks is not None:
-            asked.insert(0, keys.sinks)  # at its place in the prefix, whose end is evicted first
+        sinks_key = keys.sinks if 0 in wanted else None
+        if sinks_key:
+            asked.insert(0, sinks_key)  # at its place in the prefix, whose end is evicted first
         leases = self._store.get(asked) if asked else []
-        sinks = leases.pop(0) if with_sinks else None
+        sinks = leases.pop(0) if sinks_key else None
         found = []
         for index, lease in zip(wanted, leases, strict=True):
             segment = self._open_segment(index, keys, lease, sinks)

@@ -14,7 +14,7 @@ from aquifer.compression.spec import SEGMENT_TOKENS
 from aquifer.server.engine.graphs import GraphMemory, Recordings, host_and_device
 from aquifer.server.engine.pages import PagePool, pages_of
 from aquifer.server.engine.parts import EngineParts
-from aquifer.server.engine.runner import LayerKV, PagedCache, Rows
+from aquifer.server.engine.runner import LayerKV, PagedCache, Rows, rotating_into
 from aquifer.server.models.adapter import DecoderAdapter
 
 LARGEST = SEGMENT_TOKENS
@@ -27,7 +27,7 @@ SMALLEST = 16
 def graphed_chunks(parts: EngineParts) -> GraphedChunks | None:
     """None where kernels or model do not allow it."""
     adapter = parts.adapter
-    if not (adapter.backend.fuses and adapter.graphable):
+    if not adapter.graphable:
         return None
     return GraphedChunks(adapter, parts.pool, torch.cuda.graph_pool_handle())
 
@@ -94,17 +94,12 @@ class GraphedChunks:
 
     def _compute(self, size: int) -> None:
         """What a graph holds."""
-        slots, lengths = self._slots[:size], self._lengths[:size]
-        pool, backend = self._pool, self._adapter.backend
-
-        def rotate(
-            layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
-        ) -> tuple[Tensor, Tensor]:
-            return backend.rotate_and_store(q, k, v, cos, sin, slots, pool.keys[layer], pool.values[layer])
+        lengths, pool, backend = self._lengths[:size], self._pool, self._adapter.backend
+        kept = LayerKV(self._keys[:, :size], self._values[:, :size])
+        rotate = rotating_into(pool, self._slots[:size], backend)
 
         def attend(layer: int, q: Tensor, k_pre: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self._keys[layer, :size].view(k_pre.shape).copy_(k_pre)
-            self._values[layer, :size].view(v.shape).copy_(v)
+            kept.keep(layer, k_pre, v)
             return backend.attend_pages(q, pool.keys[layer], pool.values[layer], self._table, lengths)[0]
 
         self._hidden[:size] = self._adapter.forward(self._ids[:size], self._positions[:size], attend, rotate)

@@ -19,7 +19,7 @@ from aquifer.compression.spec import SEGMENT_TOKENS
 from aquifer.kernels.backend import Backend
 from aquifer.server.engine.pages import PagePool, pages_of
 from aquifer.server.engine.parts import EngineParts
-from aquifer.server.engine.runner import FastStep, PagedCache, Rows
+from aquifer.server.engine.runner import FastStep, PagedCache, Rows, rotating_into
 from aquifer.server.engine.sampling import Choice, StepResult, settle
 from aquifer.server.engine.selective import selects_on_device
 from aquifer.server.models.adapter import DecoderAdapter
@@ -68,7 +68,7 @@ class GraphedAttention(Protocol):
 def graphed_steps(parts: EngineParts) -> list[FastStep]:
     """The kinds of steps that this engine replays; none where kernels or model do not allow it."""
     adapter, most = parts.adapter, parts.limits.max_running
-    if not (adapter.backend.fuses and adapter.graphable):
+    if not adapter.graphable:
         return []
     memory = torch.cuda.graph_pool_handle()
     kinds: list[GraphedAttention] = [
@@ -134,12 +134,7 @@ class GraphedStep:
 
     def _compute(self, bucket: int) -> None:
         """What a graph holds."""
-        slots, pool, backend = self._slots[:bucket], self._pool, self._adapter.backend
-
-        def rotate(
-            layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
-        ) -> tuple[Tensor, Tensor]:
-            return backend.rotate_and_store(q, k, v, cos, sin, slots, pool.keys[layer], pool.values[layer])
+        rotate = rotating_into(self._pool, self._slots[:bucket], self._adapter.backend)
 
         def attend(layer: int, q: Tensor, k_pre: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return self._attention.attend(layer, q)

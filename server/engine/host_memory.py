@@ -29,6 +29,11 @@ def page_lock(memory: Tensor) -> Callable[[], None]:
     return lambda: runtime.cudaHostUnregister(memory.data_ptr())
 
 
+def to_device(numbers: Tensor, device: torch.device) -> Tensor:
+    """A copy of a tensor of the host, for which nobody waits; on a CPU the tensor itself."""
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers
+
+
 def until_read(device: torch.device) -> None:
     """Wait for all that was asked of a CUDA device on the current stream: then leases of the host memory that
     it reads may end, and page-locked copies be freed. A CPU has read it already."""

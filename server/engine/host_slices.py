@@ -9,6 +9,7 @@ from torch import Tensor
 
 from aquifer.compression.codec import Codec
 from aquifer.kernels.triton.gather import gather_slices
+from aquifer.server.engine.host_memory import to_device
 from aquifer.server.engine.records import as_tensor
 
 _LARGEST_LAYER = 2**31
@@ -79,8 +80,3 @@ class HostSlices:
         starts, places, sizes = self.layout[:, layer]
         largest = self._largest[layer]
         gather_slices(self._records, starts, places, sizes, largest, target, programs=GATHER_PROGRAMS)
-
-
-def to_device(numbers: Tensor, device: torch.device) -> Tensor:
-    """A copy of a tensor of the host, for which nobody waits."""
-    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers

@@ -20,7 +20,8 @@ from aquifer.compression.codec import Codec
 from aquifer.compression.spec import SEGMENT_TOKENS
 from aquifer.server.engine.device_streams import Chain, ChainedSegments, Queues
 from aquifer.server.engine.graphs import GraphMemory, record_graph
-from aquifer.server.engine.host_slices import HostSlices, to_device
+from aquifer.server.engine.host_memory import to_device
+from aquifer.server.engine.host_slices import HostSlices
 from aquifer.server.engine.pages import BlockTable, PagePool
 from aquifer.server.engine.records import numbers_of
 

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from aquifer.compression.spec import SEGMENT_TOKENS
 from aquifer.kernels.attention import attend, attend_in_pieces, merge_attention
+from aquifer.kernels.backend import Backend
 from aquifer.server.engine.fetch import StoredSegment
-from aquifer.server.engine.host_memory import until_read
+from aquifer.server.engine.host_memory import to_device, until_read
 from aquifer.server.engine.pages import BlockTable, PagePool
 from aquifer.server.engine.sampling import Choice, Pick, Sampler, StepResult, settle
 from aquifer.server.engine.streams import SegmentReader, SegmentSource
-from aquifer.server.models.adapter import DecoderAdapter
+from aquifer.server.models.adapter import DecoderAdapter, Rotate
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,11 @@ class LayerKV:
 
     keys: Tensor
     values: Tensor
+
+    def keep(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """k, v: [T, H, D] of one layer."""
+        self.keys[layer].view(k.shape).copy_(k)
+        self.values[layer].view(v.shape).copy_(v)
 
 
 class CachePass(Protocol):
@@ -176,13 +182,11 @@ class ModelRunner:
         logits = self._adapter.logits(self._forward(rows))
         return self._settled(logits, [len(row.token_ids) for row in rows], [row.pick for row in rows])
 
-    def _settled(
-        self, logits: Tensor, counts: Sequence[int], picks: Sequence[Pick | None]
-    ) -> list[StepResult]:
+    def _settled(self, logits: Tensor, counts: list[int], picks: Sequence[Pick | None]) -> list[StepResult]:
         """What follows tokens of sequences of so many each. logits: [N, vocab]."""
         if self._adapter.backend.fuses:
-            return settle(logits.split(list(counts)), picks)
-        return list(logits.cpu().split(list(counts)))
+            return settle(logits.split(counts), picks)
+        return list(logits.cpu().split(counts))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [N, hidden]. Returns [N, vocab] float32."""
@@ -197,18 +201,12 @@ class ModelRunner:
         for row in rows:
             first = spans[-1].stop if spans else 0
             spans.append(slice(first, first + len(row.token_ids)))
-        slots = _sent([-1 if slot is None else slot for one in passes for slot in one.slots], device)
-
-        def rotate(
-            layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
-        ) -> tuple[Tensor, Tensor]:
-            into = pool.keys[layer], pool.values[layer]
-            return self._adapter.backend.rotate_and_store(q, k, v, cos, sin, slots, *into)
+        slots = [-1 if slot is None else slot for one in passes for slot in one.slots]
+        rotate = rotating_into(pool, to_device(torch.tensor(slots), device), self._adapter.backend)
 
         def attention(layer: int, q: Tensor, k_pre: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if kept is not None:
-                kept.keys[layer].view(k_pre.shape).copy_(k_pre)
-                kept.values[layer].view(v.shape).copy_(v)
+                kept.keep(layer, k_pre, v)
             q, k, v = (t.transpose(0, 1) for t in (q, k, v))
             outs = [
                 one.attend(layer, q[:, span], k[:, span], v[:, span])
@@ -216,7 +214,7 @@ class ModelRunner:
             ]
             return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)).transpose(0, 1)
 
-        token_ids = _sent([token for row in rows for token in row.token_ids], device)
+        token_ids = to_device(torch.tensor([token for row in rows for token in row.token_ids]), device)
         positions = torch.cat(
             [torch.arange(row.start, row.start + len(row.token_ids), device=device) for row in rows]
         )
@@ -227,9 +225,15 @@ def _staging_bytes(row: Rows) -> int:
     return row.cache.staging_bytes(row.start, len(row.token_ids))
 
 
-def _sent(numbers: list[int], device: torch.device) -> Tensor:
-    """int64 on the device, without a wait for what it computes."""
-    return torch.tensor(numbers, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+def rotating_into(pool: PagePool, slots: Tensor, backend: Backend) -> Rotate:
+    """RoPE that stores keys and values in the pool. slots: [N], of the new tokens; -1: nowhere."""
+
+    def rotate(
+        layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return backend.rotate_and_store(q, k, v, cos, sin, slots, pool.keys[layer], pool.values[layer])
+
+    return rotate
 
 
 class PagedCache:

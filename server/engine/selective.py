@@ -229,7 +229,7 @@ class _SelectivePass:
 def selects_on_device(parts: EngineParts) -> bool:
     """Whether recorded steps can select: the kernels know the geometry, and the device can read the rows."""
     adapter, spec = parts.adapter, parts.adapter.spec
-    if not (adapter.backend.fuses and adapter.graphable) or spec.head_dim not in (64, 128):
+    if not adapter.graphable or spec.head_dim not in (64, 128):
         return False
     return parts.index.num_pages > 0 and parts.index.rows.is_pinned()
 

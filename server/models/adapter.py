@@ -74,7 +74,7 @@ class DecoderAdapter:
 
     @property
     def graphable(self) -> bool:
-        """Whether a step of it can be recorded as a CUDA graph."""
+        """Whether a step of it can be recorded as a CUDA graph: only of fused layers."""
         return all(layer.graphable for layer in self._layers)
 
     @torch.inference_mode()
