@@ -9,6 +9,7 @@ from torch import Tensor
 
 from aquifer.benchmarks.device_shape import HOST_SPAN, Shape
 from aquifer.benchmarks.harness import LeftOutError
+from aquifer.benchmarks.plain_kernels import BITS
 from aquifer.benchmarks.roofline import Kernel, Limit
 from aquifer.compression.aqua import FIRST_LAYER_BITS, SCALE_BYTES, SIGNS_SEED, load_quantizer
 from aquifer.compression.codec import FUSED_FROM
@@ -22,8 +23,6 @@ from aquifer.kernels.triton.emit import emit
 from aquifer.kernels.triton.encode import encode_rows
 from aquifer.kernels.triton.gather import gather_slices
 from aquifer.kernels.triton.state_attention import attend_state
-
-BITS = 2
 
 KEYS = 0
 """Which half is coded."""

@@ -14,20 +14,16 @@ from torch import Tensor
 from aquifer.benchmarks.device_codec import codec_kernels
 from aquifer.benchmarks.device_selection import found_kernels, selection_kernels, token_kernels
 from aquifer.benchmarks.device_shape import Shape
+from aquifer.benchmarks.engines import QUESTION_TOKENS
+from aquifer.benchmarks.plain_kernels import CHUNK_TOKENS
 from aquifer.benchmarks.roofline import Kernel, Limit
 from aquifer.kernels.attention import attend, attend_in_pieces
 from aquifer.kernels.triton.attention import PAGE_TOKENS, attend_pages, merge_parts
 from aquifer.kernels.triton.norms import add_rms_norm, rms_norm, swiglu
 from aquifer.kernels.triton.rope import rotate_and_store
 
-CHUNK_TOKENS = 2048
-"""Queries of one prefill chunk."""
-
 BATCH = 16
 """Requests of a full decode step, each with a quarter of the tokens: 16 times all of them fit no device."""
-
-QUESTION_TOKENS = 32
-"""New tokens behind a cached document."""
 
 EPSILON = 1e-5
 

@@ -37,6 +37,9 @@ STORE_SECONDS = 600.0
 FIRST_ID = 3
 """Below it lie the bundled model's special tokens."""
 
+QUESTION_TOKENS = 32
+"""Asked behind a document whose KV is kept."""
+
 _ROWS_SHARE, _LANDMARKS_SHARE = 0.3, 1 / 12
 """Of uncompressed KV: more than the rows of selective decoding take in host memory, and their landmarks on
 the device, in any dtype."""

@@ -9,7 +9,7 @@ from statistics import median
 import torch
 
 from aquifer.benchmarks.geometries import Subject
-from aquifer.benchmarks.harness import clocked
+from aquifer.benchmarks.harness import Run, clocked
 
 _REPEAT = 5
 
@@ -34,14 +34,18 @@ def measure_limits(subject: Subject) -> Limits:
     out = torch.empty_like(left)
 
     def seconds(work: Callable[[], object]) -> float:
-        run = clocked(device, work)
-        run()
-        return median(run() for _ in range(_REPEAT))
+        return typical_seconds(clocked(device, work))
 
     return Limits(
         bytes_per_second=2 * copied_bytes / seconds(lambda: target.copy_(source)),
         flop_per_second=2 * size**3 / seconds(lambda: torch.mm(left, right, out=out)),
     )
+
+
+def typical_seconds(run: Run) -> float:
+    """The median of some runs after the first one."""
+    run()
+    return median(run() for _ in range(_REPEAT))
 
 
 def weight_count(subject: Subject) -> int:

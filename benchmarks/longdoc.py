@@ -22,6 +22,7 @@ from time import perf_counter
 from typing import Literal, get_args
 
 from aquifer.benchmarks.engines import (
+    QUESTION_TOKENS,
     Needs,
     drop_from_ram,
     engine_for,
@@ -39,8 +40,6 @@ from aquifer.server.engine.types import FinishedEvent
 
 PathName = Literal["recompute", "gpu", "ram-raw", "ram-codec", "redis-raw", "redis-codec"]
 PATHS: tuple[PathName, ...] = get_args(PathName)
-
-QUESTION_TOKENS = 32
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
-from statistics import median
 
 import torch
 
 from aquifer.benchmarks.geometries import Subject
-from aquifer.benchmarks.harness import Run, clocked
-from aquifer.benchmarks.limits import measure_limits
+from aquifer.benchmarks.harness import clocked
+from aquifer.benchmarks.limits import measure_limits, typical_seconds
 from aquifer.benchmarks.replay import replayed
 
-_REPEAT = 5
 _COPIED_BYTES = 1 << 30
 _GEMM_SIZE = 8192
 _STARTS = 512
@@ -102,8 +100,9 @@ def _cuda_rates(device: torch.device) -> dict[Limit, float]:
     target = torch.empty_like(host, device=device)
     nothing = torch.zeros(1, device=device)
     rates = {
-        Limit.BUS: _COPIED_BYTES / _seconds(clocked(device, lambda: target.copy_(host, non_blocking=True))),
-        Limit.START: 1 / _seconds(replayed(device, [partial(nothing.add_, 1)], rounds=_STARTS)),
+        Limit.BUS: _COPIED_BYTES
+        / typical_seconds(clocked(device, lambda: target.copy_(host, non_blocking=True))),
+        Limit.START: 1 / typical_seconds(replayed(device, [partial(nothing.add_, 1)], rounds=_STARTS)),
     }
     if torch.cuda.get_device_capability(device) >= (8, 9):
         left, right = (
@@ -114,10 +113,5 @@ def _cuda_rates(device: torch.device) -> dict[Limit, float]:
         def multiply() -> torch.Tensor:
             return torch._scaled_mm(left, right.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
 
-        rates[Limit.GEMM_8] = 2 * _GEMM_SIZE**3 / _seconds(clocked(device, multiply))
+        rates[Limit.GEMM_8] = 2 * _GEMM_SIZE**3 / typical_seconds(clocked(device, multiply))
     return rates
-
-
-def _seconds(run: Run) -> float:
-    run()
-    return median(run() for _ in range(_REPEAT))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from aquifer.benchmarks.engines import (
+    QUESTION_TOKENS,
     Needs,
     drop_from_ram,
     engine_for,
@@ -33,12 +34,11 @@ from aquifer.compression.codec import Codec
 from aquifer.compression.spec import SEGMENT_TOKENS
 from aquifer.kernels.prediction import Linear
 from aquifer.server.engine.engine import Engine
+from aquifer.server.engine.types import FinishedEvent
 
 ENCODE_SEGMENTS = 8
 DECODE_SEGMENTS = 32
 """Segments that go through the codec in one pass, as in the engine."""
-
-QUESTION_TOKENS = 32
 
 
 def bench_restore(
@@ -157,13 +157,16 @@ def restore_run(engine: Engine, prompts: Sequence[Sequence[int]], tier: str) -> 
         events = engine.generate([request(prompt, 0) for prompt in prompts])
         seconds = perf_counter() - started
         for prompt, event in zip(prompts, events, strict=True):
-            if getattr(event.cached, tier) != len(prompt):
-                raise RuntimeError(
-                    f"{len(prompt)} tokens should have come from {tier}; it was {event.cached}"
-                )
+            _check_source(prompt, event, tier)
         return seconds / len(prompts)
 
     return run
+
+
+def _check_source(prompt: Sequence[int], event: FinishedEvent, tier: str) -> None:
+    """Raise RuntimeError unless all of a prompt came from this tier."""
+    if getattr(event.cached, tier) != len(prompt):
+        raise RuntimeError(f"{len(prompt)} tokens should have come from {tier}; it was {event.cached}")
 
 
 def _question(subject: Subject, engine: Engine, prompt: Sequence[int]) -> Run:
@@ -172,8 +175,7 @@ def _question(subject: Subject, engine: Engine, prompt: Sequence[int]) -> Run:
     def run() -> float:
         question = random_prompt(subject, QUESTION_TOKENS)
         (event,) = engine.generate([request((*prompt, *question), 1, store=False)])
-        if event.cached.ram != len(prompt):
-            raise RuntimeError(f"{len(prompt)} tokens should have come from ram; it was {event.cached}")
+        _check_source(prompt, event, "ram")
         return event.timings.ttft_seconds
 
     return run
