@@ -17,26 +17,21 @@ from aquifer.compression.aqua import SCALE_BYTES
 from aquifer.compression.landmarks import LANDMARK_BITS, ROW_BITS, TokenCodec
 from aquifer.compression.spec import SEGMENT_TOKENS, SINK_TOKENS
 from aquifer.kernels.higgs import Quantizer
-from aquifer.kernels.triton.attention import attend_pages
+from aquifer.kernels.triton.cells import find_rows
 from aquifer.kernels.triton.higgs import higgs_encode
 from aquifer.kernels.triton.landmarks import score_landmarks
-from aquifer.kernels.triton.lanes import Lane, lay_out
-from aquifer.kernels.triton.rows import SCALES_BYTES, fetch_rows
+from aquifer.kernels.triton.lanes import Lane
+from aquifer.kernels.triton.row_attention import SCALES_BYTES, attend_rows
+from aquifer.kernels.triton.rows import fetch_rows
 from aquifer.kernels.triton.select import select_tokens
-from aquifer.kernels.triton.slots import find_rows
 from aquifer.server.engine.pages import pages_of
-from aquifer.server.engine.selective import LISTED_TOKENS, ROW_CACHE_STEPS, Selection, indexed_tokens
+from aquifer.server.engine.selective import ROW_CACHE_STEPS, Selection, indexed_tokens
 
 BUDGET = 0.032
 """Sinks, tail and chosen tokens, as a share of the prompt."""
 
-FOUND_SHARE = 0.65
+FOUND_SHARE = 0.93
 """Of the chosen rows that are on the device already, as in the trace of selection.npz."""
-
-LOOK_UPS = (
-    "bound by look-ups in shared memory, of which {:.1f} million words are one operation, and not by memory, "
-    "whose share is given"
-)
 
 
 def token_kernels(shape: Shape) -> list[Kernel]:
@@ -69,19 +64,13 @@ def selection_kernels(shape: Shape) -> list[Kernel]:
     one, tokens, heads = layers[0], layers[0].tokens, shape.heads
     landmarks = tokens * heads * (shape.head_dim // 4 + SCALE_BYTES)
     scores = 4.0 * shape.query_heads * tokens
-    fourths = -(-shape.query_heads // heads // 4)
-    attended = 2.0 * shape.half_bytes(one.listed)
+    attended = 2.0 * shape.half_bytes(SINK_TOKENS + one.tail)
+    attended += heads * one.wanted * (shape.head_dim + SCALES_BYTES)
     return [
-        Kernel(
-            "list sinks and tail",
-            [layer.lay_out for layer in layers],
-            {Limit.MEMORY: 4.0 * heads * (SINK_TOKENS + one.tail), Limit.START: 1},
-        ),
         Kernel(
             "score landmarks",
             [layer.score for layer in layers],
             {Limit.MEMORY: landmarks + scores, Limit.START: 2},
-            note=LOOK_UPS.format(tokens * heads * fourths * shape.head_dim / 4 / 1e6),
         ),
         Kernel(
             "select tokens",
@@ -115,7 +104,7 @@ def _row_kernels(shape: Shape, layers: Sequence[_Layer], suffix: str) -> list[Ke
         Kernel(
             f"find rows, {suffix}",
             [layer.find for layer in layers],
-            {Limit.MEMORY: heads * (12.0 * one.wanted + 8.0 * one.slots), Limit.START: 3},
+            {Limit.MEMORY: heads * 20.0 * one.wanted + 24.0 * missing, Limit.START: 1},
             prepare=put_back,
             note=f"{one.wanted:,} tokens are chosen for each of {heads} heads",
         ),
@@ -124,7 +113,7 @@ def _row_kernels(shape: Shape, layers: Sequence[_Layer], suffix: str) -> list[Ke
             [layer.fetch for layer in layers],
             {
                 Limit.BUS: missing * shape.head_dim,
-                Limit.MEMORY: missing * 2 * shape.head_dim * shape.dtype.itemsize,
+                Limit.MEMORY: missing * shape.head_dim,
                 Limit.START: 1,
             },
             note=f"{missing:,.0f} rows of {shape.head_dim} bytes travel in one operation",
@@ -145,11 +134,11 @@ class _Layer:
     def __init__(self, shape: Shape, codec: TokenCodec, found: float) -> None:
         """found: share of the chosen rows that are on the device."""
         heads, head_dim, device = shape.heads, shape.head_dim, shape.device
-        selection = Selection.of(shape.tokens, BUDGET, shared=False)
+        per_slot = codec.rows_per_slot
+        selection = Selection.of(shape.tokens, BUDGET, shared=False, rows_per_slot=per_slot)
         segments = (shape.tokens - 1) // SEGMENT_TOKENS
         self.tokens, self.tail = segments * SEGMENT_TOKENS, shape.tokens - segments * SEGMENT_TOKENS + 1
-        self.wanted, self.slots = selection.count, selection.row_slots - SINK_TOKENS
-        self.listed = SINK_TOKENS + self.tail + self.wanted
+        self.wanted, self.cells = selection.count, selection.cached
         tail_pages, row_pages = pages_of(self.tail), selection.row_pages
         self._codec, self._heads = codec, heads
         self._lane = Lane(
@@ -160,11 +149,9 @@ class _Layer:
             sets=heads,
             num_q_heads=shape.query_heads,
             wanted=self.wanted,
-            slots=self.slots,
+            cells=self.cells,
             device=device,
         )
-        self._lists = torch.zeros(1, heads, LISTED_TOKENS, dtype=torch.int32, device=device)
-        self._lengths = torch.zeros(1, dtype=torch.int32, device=device)
         self._counters = torch.zeros(2, dtype=torch.int64, device=device)
 
         def numbers(*sizes: int) -> Tensor:
@@ -180,7 +167,6 @@ class _Layer:
         pool = (heads, (tail_pages + row_pages) * SEGMENT_TOKENS, head_dim)
         self._keys, self._values = shape.random(*pool), shape.random(*pool)
         self._tell(step=1)
-        self.lay_out()
         self._lse = self.score()
         self._fill(found)
         self.missing = self.find()
@@ -190,16 +176,16 @@ class _Layer:
         """Bring the books to where a step finds this share of its tokens, and misses the others."""
         lane, chosen = self._lane, self._drawn(self.wanted)
         there = chosen[:, torch.randperm(self.wanted, device=chosen.device)[: round(found * self.wanted)]]
-        others = min(self.slots - there.shape[1], self.tokens - SINK_TOKENS - self.wanted)
+        others = min(self.cells - there.shape[1], self.tokens - SINK_TOKENS - self.wanted)
         held = torch.cat((there, self._drawn(others, apart_from=chosen)), dim=1)
         held = held[:, torch.randperm(held.shape[1], device=held.device)]
-        slots = torch.arange(held.shape[1], dtype=torch.int32, device=held.device).expand_as(held)
+        cells = torch.arange(held.shape[1], dtype=torch.int32, device=held.device).expand_as(held)
         lane.chosen.copy_(chosen)
-        lane.slot_of[0].scatter_(1, held.long(), slots)
+        lane.cell_of[0].scatter_(1, held.long(), cells)
         lane.token_in[0, :, : held.shape[1]] = held
         lane.last_used[0, :, : held.shape[1]].random_(1, ROW_CACHE_STEPS + 1)
         self._tell(ROW_CACHE_STEPS + 1)
-        books = lane.chosen, lane.slot_of, lane.token_in, lane.last_used
+        books = lane.chosen, lane.cell_of, lane.token_in, lane.last_used
         self._books = [(book, book.clone()) for book in books]
 
     def _drawn(self, count: int, apart_from: Tensor | None = None) -> Tensor:
@@ -220,9 +206,6 @@ class _Layer:
         for book, saved in self._books:
             book.copy_(saved)
 
-    def lay_out(self) -> None:
-        lay_out(self._lanes, self._lists, self._lengths, sinks=SINK_TOKENS)
-
     def score(self) -> Tensor:
         landmarks = self._codes, self._scales, self._codec.landmark_quantizer.grid
         return score_landmarks(self._query, self._codec.signs, *landmarks, self._lanes, first=SINK_TOKENS)
@@ -231,13 +214,13 @@ class _Layer:
         select_tokens(self._lanes, self._lse, self._heads, first=SINK_TOKENS)
 
     def find(self) -> Tensor:
-        return find_rows(self._lanes, 0, self._lists, self._counters, sinks=SINK_TOKENS)
+        cells = {"sinks": SINK_TOKENS, "per_slot": self._codec.rows_per_slot}
+        return find_rows(self._lanes, 0, self._heads, self._counters, **cells)
 
     def fetch(self) -> None:
-        rows = self._rows, self._row_scales.view(torch.uint8)
-        decoded = self._codec.row_quantizer.grid, self._codec.signs, self._codec.means[0]
-        fetch_rows(self._lanes, self.missing, *rows, *decoded, self._keys, self._values)
+        fetch_rows(self._lanes, self.missing, self._rows, self._keys, self._values)
 
     def attend(self) -> object:
-        lists = self._query, self._keys, self._values, self._lists, self._lengths
-        return attend_pages(*lists, page_tokens=1)
+        codec, pool = self._codec, (self._query, self._keys, self._values)
+        coded = self._row_scales.view(torch.uint8), codec.row_quantizer.grid, codec.signs, codec.means[0]
+        return attend_rows(*pool, *coded, self._lanes, sets=self._heads, sinks=SINK_TOKENS)

@@ -40,7 +40,7 @@ FIRST_ID = 3
 QUESTION_TOKENS = 32
 """Asked behind a document whose KV is kept."""
 
-_ROWS_SHARE, _LANDMARKS_SHARE = 0.3, 1 / 12
+_ROWS_SHARE, _LANDMARKS_SHARE = 0.26, 1 / 12
 """Of uncompressed KV: more than the rows of selective decoding take in host memory, and their landmarks on
 the device, in any dtype."""
 

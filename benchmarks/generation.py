@@ -20,7 +20,7 @@ from aquifer.benchmarks.peers import PeerName, hf_decode, hf_prefill, load_hf, t
 from aquifer.benchmarks.selection import Rows, RowsKind, check_imposable
 from aquifer.benchmarks.transfer import check_whole, new_report
 from aquifer.server.engine.engine import Engine
-from aquifer.server.engine.selective import Selection
+from aquifer.server.engine.selective import selected_tokens
 from aquifer.server.engine.types import KVMode
 from aquifer.server.metrics import Metrics
 from aquifer.server.settings import load_settings
@@ -117,7 +117,7 @@ class Decoding:
             return
         budget = load_settings().selective_budget if self.budget is None else self.budget
         prompt_tokens = tokens + QUESTION_TOKENS
-        check_imposable(prompt_tokens, Selection.of(prompt_tokens, budget, shared=False).count)
+        check_imposable(prompt_tokens, selected_tokens(prompt_tokens, budget))
         rows = Rows(subject.spec, subject.device)
         with rows.imposed():
             yield rows

@@ -39,14 +39,8 @@ def replayed(
                 kept.append(operation())
 
     def record() -> Callable[[], None]:
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            for operation in operations:
-                operation()
-        torch.cuda.current_stream(device).wait_stream(side)
         try:
-            graph, _ = record_graph(launch, torch.cuda.graph_pool_handle(), side)
+            graph, _ = record_graph(launch, torch.cuda.graph_pool_handle())
         except RuntimeError as error:
             log.warning("launched in a row, not replayed", operation=repr(operations[0]), error=str(error))
             return launch

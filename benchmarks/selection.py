@@ -38,14 +38,18 @@ RowsKind = Literal["own", "misses", "trace"]
 _STEPS = 4096
 """Of one answer; a longer one begins again."""
 
+_FILLING = 64
+"""Steps of the trace that are left out: the device has few rows yet, and four in five are found."""
+
 _GOLDEN = 0.6180339887498949
 """Multiples of it, less their whole part, lie evenly between 0 and 1: the bins take turns."""
 
 
 @dataclass(frozen=True)
 class SelectionTrace:
-    """hits: float32 [steps, L, H], by step of one answer, layer and KV head: the share of the chosen rows
-    that was in the row cache. about: model, question, and how many tokens were chosen of how many."""
+    """hits: float32 [2, steps, L, H], by step of one answer, layer and KV head: the share of the chosen rows
+    that was on the device, if as many are kept there as ROW_CACHE_STEPS steps choose, and if all are.
+    about: model, question, and how many tokens were chosen of how many."""
 
     hits: NDArray[np.float32]
     about: dict[str, Any]
@@ -59,25 +63,40 @@ class SelectionTrace:
             return cls(file["hits"].astype(np.float32), json.loads(str(file["about"])))
 
     def for_model(self, layers: int, heads: int) -> Tensor:
-        """float32 [steps, layers, heads]: each layer gets the recorded one at the same depth."""
-        _, own_layers, own_heads = self.hits.shape
+        """float32 [2, steps, layers, heads]; each layer gets the recorded one at the same depth."""
+        _, _, own_layers, own_heads = self.hits.shape
         layer = np.arange(layers) * own_layers // layers
-        return torch.from_numpy(self.hits[:, layer][:, :, np.arange(heads) % own_heads])
+        return torch.from_numpy(self.hits[:, :, layer][..., np.arange(heads) % own_heads])
+
+
+def found(chosen: NDArray[np.int64], kept: int) -> NDArray[np.float32]:
+    """Share of the chosen tokens that are among the `kept` ones chosen most recently before.
+
+    chosen: [steps, count]. Returns [steps]."""
+    shares = np.zeros(len(chosen), dtype=np.float32)
+    last_chosen = np.full(chosen.max() + 1, -1)  # or dropped since
+    for step, tokens in enumerate(chosen):
+        shares[step] = (last_chosen[tokens] >= 0).mean()
+        last_chosen[tokens] = step
+        surplus = np.count_nonzero(last_chosen >= 0) - kept
+        if surplus > 0:
+            held = np.flatnonzero(last_chosen >= 0)
+            last_chosen[held[np.argsort(last_chosen[held], kind="stable")[:surplus]]] = -1
+    return shares
 
 
 def record(settings: Settings, prompt: Sequence[int], new_tokens: int, count: int) -> SelectionTrace:
-    """Answer a question in selective mode, and write down what the row cache held.
+    """Answer a question in selective mode, and write down which of the chosen rows were on the device.
 
     count: tokens chosen per step, layer and head. Raises RuntimeError if the request fails.
     """
-    steps: list[list[list[float]]] = []
+    steps: list[list[NDArray[np.int64]]] = []
     fetch = RowCache.fetch
 
     def watched(cache: RowCache, layer: int, chosen: Tensor, now: int) -> tuple[Tensor, int]:
-        there = cache._slot_of[layer].gather(1, chosen) >= 0
         if layer == 0:
             steps.append([])
-        steps[-1].append(there.float().mean(dim=1).tolist())
+        steps[-1].append(chosen.numpy(force=True))
         return fetch(cache, layer, chosen, now)
 
     engine = build_engine(settings, Metrics())
@@ -97,19 +116,24 @@ def record(settings: Settings, prompt: Sequence[int], new_tokens: int, count: in
         "row_cache_steps": ROW_CACHE_STEPS,
         "answer": event.text,
     }
-    return SelectionTrace(np.array(steps, dtype=np.float32), about)
+    chosen = np.array(steps)  # [steps, L, H, count]
+    hits = np.zeros((2, *chosen.shape[:3]), dtype=np.float32)
+    for case, kept in enumerate((ROW_CACHE_STEPS * count, len(prompt))):
+        for layer, head in np.ndindex(*chosen.shape[1:3]):
+            hits[case, :, layer, head] = found(chosen[:, layer, head], kept)
+    return SelectionTrace(hits, about)
 
 
 class Rows:
     """Makes an engine choose rows of which a given share is in the row cache. `use` says which share."""
 
     def __init__(self, spec: KVSpec, device: torch.device) -> None:
-        # [L, H, steps]: rows missed so far, as a multiple of those of one step; below 0: the model's own
-        # choice. Always at one address, because recorded steps read it there.
-        self._missed = torch.full((spec.num_layers, spec.num_kv_heads, _STEPS), -1.0, device=device)
+        # [2, L, H, steps], see SelectionTrace: rows missed so far, as a multiple of those of one step; below
+        # 0: the model's own choice. Always at one address, because recorded steps read it there.
+        self._missed = torch.full((2, spec.num_layers, spec.num_kv_heads, _STEPS), -1.0, device=device)
 
     def use(self, kind: RowsKind) -> None:
-        """From the next request on. Answers longer than the trace's repeat it, less its first step."""
+        """From the next request on. Answers longer than the trace's repeat it."""
         self._missed.copy_(self._misses(kind))
         if self._missed.is_cuda:
             torch.cuda.synchronize(self._missed.device)  # engines read it on streams of their own
@@ -118,16 +142,11 @@ class Rows:
         """float32, broadcasts to what is read."""
         if kind == "own":
             return torch.tensor(-1.0)
-        layers, heads, _ = self._missed.shape
-        hits = (
-            SelectionTrace.load().for_model(layers, heads)
-            if kind == "trace"
-            else torch.zeros(1, layers, heads)
-        )
-        step = torch.arange(_STEPS)
-        again = 1 + (step - 1) % max(1, len(hits) - 1)
-        order = torch.where(step < len(hits), step, again.clamp(max=len(hits) - 1))
-        return (1 - hits[order]).cumsum(0).permute(1, 2, 0)
+        _, layers, heads, _ = self._missed.shape
+        hits = torch.zeros(2, 1, layers, heads)
+        if kind == "trace":
+            hits = SelectionTrace.load().for_model(layers, heads)[:, _FILLING:]
+        return (1 - hits[:, torch.arange(_STEPS) % hits.shape[1]]).cumsum(1).permute(0, 2, 3, 1)
 
     @contextmanager
     def imposed(self) -> Iterator[None]:
@@ -135,7 +154,8 @@ class Rows:
         fetch = RowCache.fetch
 
         def chosen_by_share(cache: RowCache, layer: int, chosen: Tensor, now: int) -> tuple[Tensor, int]:
-            return fetch(cache, layer, self._impose(chosen, cache._slot_of.shape[2], layer, now), now)
+            tokens, kept = cache._cell_of.shape[2], cache._token_in.shape[2]
+            return fetch(cache, layer, self._impose(chosen, tokens, layer, now, all_kept=kept >= tokens), now)
 
         with patch.object(RowCache, "fetch", chosen_by_share):
             if self._missed.is_cuda and find_spec("triton"):
@@ -146,12 +166,12 @@ class Rows:
             else:
                 yield
 
-    def _impose(self, chosen: Tensor, tokens: int, layer: int, now: int) -> Tensor:
+    def _impose(self, chosen: Tensor, tokens: int, layer: int, now: int, *, all_kept: bool) -> Tensor:
         """Tokens are cut into as many bins as are chosen, and each bin gives one. With every row that misses,
         one bin goes on to its next token, so that what a bin gave last is in the row cache still, and what it
         gives next was there at least `tokens / chosen` steps ago, if ever."""
         sets, count = chosen.shape
-        missed = self._missed[layer, :sets, now % _STEPS, None]
+        missed = self._missed[int(all_kept), layer, :sets, now % _STEPS, None]
         bins = torch.arange(count, device=chosen.device)
         width = tokens // count
         offset = (missed + (bins * _GOLDEN) % 1).floor().long() % width

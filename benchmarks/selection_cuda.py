@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from aquifer.compression.spec import SINK_TOKENS
-from aquifer.kernels.triton.lanes import CHOSEN, STEP, TOKENS, WANTED, memory, number
+from aquifer.kernels.triton.lanes import CELLS, CHOSEN, STEP, TOKENS, WANTED, memory, number
 from aquifer.server.engine import lanes as engine_lanes
 
 
@@ -21,6 +21,7 @@ def _impose(
     lanes: tl.tensor,
     missed: tl.tensor,
     layer_at: tl.tensor,
+    case_stride: tl.tensor,
     steps: tl.tensor,
     FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -30,7 +31,8 @@ def _impose(
     tokens, count = number(lanes, request, TOKENS), number(lanes, request, WANTED)
     if tokens > 0:
         step = number(lanes, request, STEP) % steps
-        share = tl.load(missed + layer_at + own_set * steps + step)
+        all_kept = number(lanes, request, CELLS) >= tokens - FIRST
+        share = tl.load(missed + tl.where(all_kept, case_stride, 0) + layer_at + own_set * steps + step)
         if share >= 0:
             chosen = memory(lanes, request, CHOSEN, tl.int32) + own_set * count
             width = (tokens - FIRST) // count
@@ -43,14 +45,14 @@ def _impose(
 
 @contextmanager
 def imposed_on_lanes(missed: Tensor) -> Iterator[None]:
-    """missed: float32 [L, H, steps], see Rows."""
+    """missed: float32 [2, L, H, steps], see Rows."""
     find_rows = engine_lanes.find_rows
 
-    def find_imposed(lanes: Tensor, layer: int, lists: Tensor, *rest: Any, **options: Any) -> Tensor:
-        _, heads, steps = missed.shape
-        grid = (lists.shape[1], len(lanes))
-        _impose[grid](lanes, missed, layer * heads * steps, steps, FIRST=SINK_TOKENS, BLOCK=1024)
-        return find_rows(lanes, layer, lists, *rest, **options)
+    def find_imposed(lanes: Tensor, layer: int, sets: int, *rest: Any, **options: Any) -> Tensor:
+        _, _, heads, steps = missed.shape
+        places = layer * heads * steps, missed.stride(0), steps
+        _impose[(sets, len(lanes))](lanes, missed, *places, FIRST=SINK_TOKENS, BLOCK=1024)
+        return find_rows(lanes, layer, sets, *rest, **options)
 
     with patch.object(engine_lanes, "find_rows", find_imposed):
         yield

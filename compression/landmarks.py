@@ -117,6 +117,11 @@ class TokenCodec:
         return self._code_bytes, self._scale_bytes
 
     @property
+    def rows_per_slot(self) -> int:
+        """Rows whose codes take the room of the KV of one token and head."""
+        return self.spec.head_dim * self.spec.dtype.itemsize // self._code_bytes
+
+    @property
     def row_bytes(self) -> int:
         """Host bytes of one token, head and layer: its key and its value."""
         return 2 * (self._code_bytes + self._scale_bytes)

@@ -15,6 +15,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+PAGE_TOKENS = 256
+"""Slots of one page of a pool."""
+
 _aten = torch.ops.aten
 
 
@@ -109,26 +112,24 @@ def attend_ref(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> tupl
 
 
 def attend_pages(
-    q: Tensor, keys: Tensor, values: Tensor, block_tables: Tensor, lengths: Tensor, *, page_tokens: int = 256
+    q: Tensor, keys: Tensor, values: Tensor, block_tables: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Attention of one or some query tokens of each of many requests to its pages, in one layer of a pool.
 
     q: [B * R, Hq, D], R query tokens of each request side by side
     keys, values: [H, slots, D], the slots of a page side by side
-    block_tables: int32 [B, pages], the pages of each request in order; or [B, H, pages] where every KV head
-        has its own
+    block_tables: int32 [B, pages], the pages of each request in order
     lengths: int32 [B * R], the first tokens of its request that a query token attends to; may be 0
     Returns (out [B * R, Hq, D], lse float32 [B * R, Hq]); 0 and -inf for a query without tokens.
     """
     out, lse = torch.zeros_like(q), torch.full(q.shape[:2], -torch.inf, device=q.device)
-    offsets = torch.arange(page_tokens, device=q.device)
+    offsets = torch.arange(PAGE_TOKENS, device=q.device)
     for query, length in enumerate(lengths.tolist()):
         if not length:
             continue
         pages = block_tables[query * len(block_tables) // len(q)]
-        slots = (pages[..., None] * page_tokens + offsets).flatten(-2)[..., :length].long()
-        where = slots.expand(keys.shape[0], -1)[..., None].expand(-1, -1, keys.shape[2])
-        own, own_lse = attend(q[query, :, None], keys.gather(1, where), values.gather(1, where))
+        slots = (pages[:, None] * PAGE_TOKENS + offsets).flatten()[:length].long()
+        own, own_lse = attend(q[query, :, None], keys[:, slots], values[:, slots])
         out[query], lse[query] = own[:, 0], own_lse[:, 0]
     return out, lse
 

@@ -276,7 +276,9 @@ def record_selection(
     (item,) = load_items(plan, load_tokenizer(settings), settings)
     trace = record(settings, item.prompt, answer_room(item), count)
     trace.save(out)
-    typer.echo(f"{len(trace.hits):,} steps, {100 * trace.hits.mean():.1f} % of the rows found; {trace.about}")
+    some, every = (100 * hits.mean() for hits in trace.hits)
+    found = f"{some:.1f} % of the rows found, {every:.1f} if all are kept"
+    typer.echo(f"{trace.hits.shape[1]:,} steps, {found}; {trace.about}")
 
 
 @bench.command()

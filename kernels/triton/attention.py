@@ -3,8 +3,7 @@ device; and the merge of attention over pieces.
 
 One program attends some tokens' query heads of one KV head to one split of one request; a second, small
 kernel joins the splits by the rule of `merge_attention`. The log-sum-exp comes out as well, so that the
-result can be merged with attention over what lies elsewhere (segments that are streamed, rows that were
-selected).
+result can be merged with attention over what lies elsewhere, such as segments that are streamed.
 
 Bytes moved: K and V of every token once, 2 * H * T * D elements per request (from the L2 cache once for every
 tile of query tokens), and for every split 4 * Hq * (D + 1) bytes per query token written and read again.
@@ -17,9 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from aquifer.kernels.attention import PAGE_TOKENS
 from aquifer.kernels.triton.checks import FLOATS, expect, expect_pool, expect_power_of_two
-
-PAGE_TOKENS = 256
 
 PROGRAMS = 8192
 """What the default number of splits aims at: many times what a device runs at once, so that one long request
@@ -60,7 +58,6 @@ def _attend_split(
     partial_lse: tl.tensor,
     count: tl.tensor,
     table_stride: tl.tensor,
-    table_head_stride: tl.tensor,
     head_stride: tl.tensor,
     SCORE_SCALE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -90,7 +87,7 @@ def _attend_split(
     q = tl.load(queries + query_head[:, None] * HEAD_DIM + channel[None, :], mask=exists[:, None], other=0.0)
     keys += head.to(tl.int64) * head_stride
     values += head.to(tl.int64) * head_stride
-    block_tables += request * table_stride + head * table_head_stride
+    block_tables += request * table_stride
 
     top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
@@ -121,6 +118,30 @@ def _attend_split(
 
 
 @triton.jit
+def join_splits(
+    partial_out: tl.tensor,
+    partial_lse: tl.tensor,
+    query_head: tl.tensor,
+    num_splits: tl.tensor,
+    there: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Attention of one query head from that of its splits: out [D] and log-sum-exp, to the base of two as
+    those of the splits are; 0 and -inf without any. there: bool [splits, or more]."""
+    split, channel = tl.arange(0, there.shape[0]), tl.arange(0, HEAD_DIM)
+    partial = query_head.to(tl.int64) * num_splits + split
+    each_lse = tl.load(partial_lse + partial, mask=there, other=float("-inf"))
+    top = tl.max(each_lse, axis=0)
+    weight = tl.exp2(each_lse - tl.where(top == float("-inf"), 0.0, top))
+    total = tl.sum(weight, axis=0)
+    total = tl.where(total == 0.0, 1.0, total)
+    each_out = tl.load(
+        partial_out + partial[:, None] * HEAD_DIM + channel[None, :], mask=there[:, None], other=0.0
+    )
+    return tl.sum(each_out * weight[:, None], axis=0) / total, top + tl.log2(total)
+
+
+@triton.jit
 def _merge_splits(
     partial_out: tl.tensor,
     partial_lse: tl.tensor,
@@ -143,20 +164,10 @@ def _merge_splits(
     longest = tl.max(tl.load(lengths + request * count + tile, mask=tile < count, other=0), axis=0)
     blocks = tl.cdiv(longest, BLOCK)
     there = split < tl.cdiv(blocks, _blocks_per_split(blocks, num_splits, BLOCK))
-    partial = query_head.to(tl.int64) * num_splits + split
-    each_lse = tl.load(partial_lse + partial, mask=there, other=float("-inf"))
-    top = tl.max(each_lse, axis=0)
-    weight = tl.exp2(each_lse - tl.where(top == float("-inf"), 0.0, top))
-    total = tl.sum(weight, axis=0)
-    empty = total == 0.0
-    each_out = tl.load(
-        partial_out + partial[:, None] * HEAD_DIM + channel[None, :], mask=there[:, None], other=0.0
-    )
-    merged = tl.sum(each_out * weight[:, None], axis=0) / tl.where(empty, 1.0, total)
+    merged, merged_lse = join_splits(partial_out, partial_lse, query_head, num_splits, there, HEAD_DIM)
     tl.store(out + query_head * HEAD_DIM + channel, merged)
     ln_2: tl.constexpr = 0.6931471805599453
-    merged_lse = (top + tl.log2(tl.where(empty, 1.0, total))) * ln_2
-    tl.store(lse + query_head, merged_lse)
+    tl.store(lse + query_head, merged_lse * ln_2)
 
 
 def attend_pages(
@@ -166,7 +177,6 @@ def attend_pages(
     block_tables: Tensor,
     lengths: Tensor,
     *,
-    page_tokens: int = PAGE_TOKENS,
     splits: int | None = None,
     block_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -174,11 +184,8 @@ def attend_pages(
 
     q: [B * R, Hq, D], R query tokens of each request side by side; D is a power of two from 16 to 256
     keys, values: [H, slots, D], the pool of one layer, in q's dtype, the slots of a head side by side
-    block_tables: int32 [B, pages], the pages of each request in order; or [B, H, pages] where every KV head
-        has its own
+    block_tables: int32 [B, pages], the pages of each request in order
     lengths: int32 [B * R], the first tokens of its request that a query token attends to; may be 0
-    page_tokens: slots per page, a power of two. With 1, block tables are lists of single slots, such as the
-        rows that selective decoding fetched.
     splits: programs per tile of query tokens and KV head; at most 64; by default as many as fill the device
     block_tokens: tokens per product of matrices; by default as many as the registers hold, at most 128
     Returns (out [B * R, Hq, D] in q's dtype, lse float32 [B * R, Hq]); 0 and -inf for a query without tokens.
@@ -187,13 +194,11 @@ def attend_pages(
     """
     queries, num_q_heads, head_dim = q.shape
     requests, num_heads = len(block_tables), len(keys)
-    per_head = block_tables.ndim == 3
     expect("q", q, (None, None, None), FLOATS)
     expect_pool(keys, values, None, head_dim, q.dtype)
-    expect("block_tables", block_tables, (requests, *([num_heads] if per_head else []), None), torch.int32)
+    expect("block_tables", block_tables, (requests, None), torch.int32)
     expect("lengths", lengths, (queries,), torch.int32)
     expect_power_of_two("head_dim", head_dim, 16, 256)
-    expect_power_of_two("page_tokens", page_tokens, 1, 1 << 16)
     if queries % requests:
         raise ValueError(f"{queries} query tokens do not divide into {requests} requests")
     if num_q_heads % num_heads:
@@ -207,7 +212,7 @@ def attend_pages(
         block_tokens = max(16, min(64, BLOCK_BYTES // (head_dim * q.element_size())))
         block_tokens *= 2 if rows >= TILE_ROWS and tile > 1 else 1
     expect_power_of_two("block_tokens", block_tokens, 16, 256)
-    blocks = -(-block_tables.shape[-1] * page_tokens // block_tokens)
+    blocks = block_tables.shape[1] * PAGE_TOKENS // block_tokens
     if splits is None:
         splits = (PROGRAMS if tile == 1 else TILE_PROGRAMS) // (tiles * num_heads)
     splits = max(1, min(splits, blocks, MAX_SPLITS))
@@ -223,14 +228,13 @@ def attend_pages(
         partial_lse,
         count,
         block_tables.stride(0),
-        block_tables.stride(1) if per_head else 0,
         keys.stride(0),
         SCORE_SCALE=head_dim**-0.5 / 0.6931471805599453,
         GROUP=group,
         TOKENS=tile,
         ROWS=rows,
         HEAD_DIM=head_dim,
-        PAGE=page_tokens,
+        PAGE=PAGE_TOKENS,
         BLOCK=block_tokens,
         # More rows, or float32, spill registers with four.
         num_warps=4 if q.element_size() == 2 and rows <= 64 else 8,

@@ -5,8 +5,11 @@ of programs each time. So all that belongs to one request lies in tensors of its
 int64 [B, fields] says where. It is all that the host fills before a step. Rows of zeros belong to nobody, and
 every kernel skips them.
 
-Tokens of a request are numbered from 0, sinks included. Slots of fetched rows are numbered from 0, behind the
-sinks in the request's row pages. Sets of tokens are numbered 0..S-1: one per KV head, or one for all.
+Tokens of a request are numbered from 0, sinks included. Sets of tokens are numbered 0..S-1: one per KV head,
+or one for all. Fetched rows stay as they were packed: the row of a token and head lies in a cell, its key's
+codes among the pool's keys and its value's codes among the values. A slot of the pool has room for several
+cells. The cells of a request are numbered from 0, behind the sinks in its row pages; for the others those of
+the whole pool.
 """
 
 from collections.abc import Sequence
@@ -17,8 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aquifer.kernels.triton.checks import expect
-
 
 class LaneRow(NamedTuple):
     """One request in the table. Names ending in _at are addresses of contiguous memory on the device."""
@@ -27,7 +28,7 @@ class LaneRow(NamedTuple):
     """In whole segments, sinks included: those that may be chosen."""
     wanted: int
     """Tokens to choose per set, at most those that may be chosen."""
-    slots: int
+    cells: int
     """For fetched rows, at least `wanted`."""
     step: int
     """Number of the step, from 1."""
@@ -40,21 +41,25 @@ class LaneRow(NamedTuple):
     row_pages_at: int
     """int32: pages of the pool that hold the sinks and fetched rows."""
     scores_at: int
-    """float32 [Hq, tokens]"""
+    """float32 [Hq, tokens], until tokens are chosen: then what is left of them is scratch."""
     keys_at: int
-    """int16 [S, tokens]: ranks as whole numbers below 65,536; the smallest are chosen."""
+    """int16 [S, tokens * 11 / 8], per set: ranks of all tokens as whole numbers below 65,536, of which the
+    smallest are chosen; the smallest of every 8 of them; and int32 [tokens / 8], scratch: which of those
+    groups of 8 are worth a look."""
     chosen_at: int
     """int32 [S, wanted]: tokens, ascending."""
     missing_at: int
     """int32 [S, wanted]: the chosen tokens whose rows have to be fetched, ascending."""
     targets_at: int
-    """int32 [S, wanted]: slots of the pool where those rows go."""
-    slot_of_at: int
-    """int32 [L, S, tokens]: slot of a token's row, or -1."""
+    """int32 [S, wanted]: cells of the pool where those rows go."""
+    row_cells_at: int
+    """int32 [S, wanted]: cells of the pool where the rows of the chosen tokens are."""
+    cell_of_at: int
+    """int32 [L, S, tokens]: cell of a token's row, or -1."""
     token_in_at: int
-    """int32 [L, S, slots]: token whose row lies in a slot, or -1."""
+    """int32 [L, S, cells]: token whose row lies in a cell, or -1."""
     last_used_at: int
-    """int32 [L, S, slots]: step in which a slot was wanted last, or -1."""
+    """int32 [L, S, cells]: step in which a cell was wanted last, or -1."""
 
 
 NOBODY = LaneRow(*[0] * len(LaneRow._fields))
@@ -73,26 +78,26 @@ class Lane:
         sets: int,
         num_q_heads: int,
         wanted: int,
-        slots: int,
+        cells: int,
         device: torch.device,
     ) -> None:
         """index_pages: of the index, one per whole segment. tail_pages: of the pool, for what comes after.
-        row_pages: of the pool, for sinks and fetched rows. wanted, slots: see LaneRow."""
+        row_pages: of the pool, for sinks and fetched rows. wanted, cells: see LaneRow."""
         tokens = PAGE.value * len(index_pages)
 
         def numbers(*shape: int) -> Tensor:
             return torch.full(shape, -1, dtype=torch.int32, device=device)
 
-        self.wanted, self.slots = wanted, slots
+        self.wanted, self.cells = wanted, cells
         self.index_pages, self.tail_pages, self.row_pages = (
             torch.tensor(pages, dtype=torch.int32, device=device)
             for pages in (index_pages, tail_pages, row_pages)
         )
         self.scores = torch.empty(num_q_heads, tokens, device=device)
-        self.keys = torch.empty(sets, tokens, dtype=torch.int16, device=device)
-        self.chosen, self.missing, self.targets = (numbers(sets, wanted) for _ in range(3))
-        self.slot_of = numbers(layers, sets, tokens)
-        self.token_in, self.last_used = (numbers(layers, sets, slots) for _ in range(2))
+        self.keys = torch.empty(sets, tokens * 11 // 8, dtype=torch.int16, device=device)
+        self.chosen, self.missing, self.targets, self.row_cells = (numbers(sets, wanted) for _ in range(4))
+        self.cell_of = numbers(layers, sets, tokens)
+        self.token_in, self.last_used = (numbers(layers, sets, cells) for _ in range(2))
 
         memory = (
             self.index_pages,
@@ -103,11 +108,12 @@ class Lane:
             self.chosen,
             self.missing,
             self.targets,
-            self.slot_of,
+            self.row_cells,
+            self.cell_of,
             self.token_in,
             self.last_used,
         )
-        self._row = LaneRow(tokens, wanted, slots, 0, 0, *(tensor.data_ptr() for tensor in memory))
+        self._row = LaneRow(tokens, wanted, cells, 0, 0, *(tensor.data_ptr() for tensor in memory))
 
     def row(self, step: int, tail: int) -> LaneRow:
         """What the table says of this request in one step; see LaneRow."""
@@ -122,59 +128,22 @@ class Lane:
 
 PAGE = tl.constexpr(256)
 FIELDS = tl.constexpr(len(LaneRow._fields))
-TOKENS, WANTED, SLOTS, STEP, TAIL = (tl.constexpr(number) for number in range(5))
+TOKENS, WANTED, CELLS, STEP, TAIL = (tl.constexpr(number) for number in range(5))
 INDEX_PAGES, TAIL_PAGES, ROW_PAGES = (tl.constexpr(number) for number in range(5, 8))
-SCORES, KEYS, CHOSEN, MISSING, TARGETS = (tl.constexpr(number) for number in range(8, 13))
-SLOT_OF, TOKEN_IN, LAST_USED = (tl.constexpr(number) for number in range(13, 16))
+SCORES, KEYS, CHOSEN, MISSING, TARGETS, ROW_CELLS = (tl.constexpr(number) for number in range(8, 14))
+CELL_OF, TOKEN_IN, LAST_USED = (tl.constexpr(number) for number in range(14, 17))
 
 
 @triton.jit
 def number(lanes: tl.tensor, request: tl.tensor, FIELD: tl.constexpr) -> tl.tensor:
     """A count of a request."""
-    return tl.load(lanes + request * FIELDS + FIELD).to(tl.int32)
+    count = tl.load(lanes + request * FIELDS + FIELD).to(tl.int32)
+    if FIELD == TOKENS:  # the compiler forgets what is said of the result elsewhere
+        count = tl.multiple_of(count, PAGE)
+    return count
 
 
 @triton.jit
 def memory(lanes: tl.tensor, request: tl.tensor, FIELD: tl.constexpr, ELEMENT: tl.constexpr) -> tl.tensor:
-    """A pointer to elements of a request."""
-    return tl.load(lanes + request * FIELDS + FIELD).to(tl.pointer_type(ELEMENT))
-
-
-@triton.jit
-def _lay_out(
-    lanes: tl.tensor,
-    lists: tl.tensor,
-    lengths: tl.tensor,
-    set_stride: tl.tensor,
-    SINKS: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    """The list of one set of one request, as far as it is the same for all layers."""
-    own_set, request = tl.program_id(0), tl.program_id(1)
-    tail = number(lanes, request, TAIL)
-    if tail > 0:
-        own = lists + (request * tl.num_programs(0) + own_set) * set_stride
-        sink = tl.arange(0, SINKS)
-        tl.store(own + sink, tl.load(memory(lanes, request, ROW_PAGES, tl.int32)) * PAGE + sink)
-        pages = memory(lanes, request, TAIL_PAGES, tl.int32)
-        for at in range(0, tail, BLOCK):
-            token = at + tl.arange(0, BLOCK)
-            page = tl.load(pages + token // PAGE, mask=token < tail, other=0)
-            tl.store(own + SINKS + token, page * PAGE + token % PAGE, mask=token < tail)
-    if own_set == 0:
-        tl.store(lengths + request, tl.where(tail > 0, SINKS + tail + number(lanes, request, WANTED), 0))
-
-
-def lay_out(lanes: Tensor, lists: Tensor, lengths: Tensor, *, sinks: int) -> None:
-    """Begin the lists of slots that one step attends to: sinks and tail; `find_rows` adds the chosen tokens.
-
-    lanes: int64 [B, fields]
-    lists: int32 [B, S, W], to be filled with slots of the pool; lengths: int32 [B], to be filled with how
-        many there will be, 0 where there is no request
-    sinks: how many there are, a power of two
-    """
-    requests, sets, _ = lists.shape
-    expect("lanes", lanes, (requests, FIELDS.value), torch.int64)
-    expect("lists", lists, (None, None, None), torch.int32)
-    expect("lengths", lengths, (requests,), torch.int32)
-    _lay_out[(sets, requests)](lanes, lists, lengths, lists.stride(1), SINKS=sinks, BLOCK=512, num_warps=4)
+    """A pointer to elements of a request, which begin where torch's memory does."""
+    return tl.multiple_of(tl.load(lanes + request * FIELDS + FIELD).to(tl.pointer_type(ELEMENT)), 16)

@@ -159,11 +159,18 @@ class Admission:
         segments = (prompt if prompt_only else prompt - 1) // SEGMENT_TOKENS
         # A prompt-only request leaves its tail out: only full segments are stored.
         total = segments * SEGMENT_TOKENS if prompt_only else request.total_tokens
-        selection = None
+        own_pages, selection = pages_of(total) - segments, None
         if mode in ("selective", "verified"):
             budget = self._limits.selective_budget if request.budget is None else request.budget
-            selection = Selection.of(prompt, budget, shared=self._limits.shared_selection)
-        return Plan(mode, segments, pages_of(total) - segments, selection)
+            selection = Selection.of(
+                prompt,
+                budget,
+                shared=self._limits.shared_selection,
+                rows_per_slot=self._index.codec.rows_per_slot,
+                # As many rows on the device as its part of it holds, if as many requests run as may.
+                share_pages=self._pool.num_pages // self._limits.max_running - own_pages,
+            )
+        return Plan(mode, segments, own_pages, selection)
 
     def _obstacle(self, plan: Plan) -> str | None:
         """Why a plan cannot be carried out on an idle server, if so."""

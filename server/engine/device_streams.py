@@ -60,10 +60,11 @@ class Queues:
     """copies: of bytes from host memory, and reading them; chain: from layer to layer; emits: keys and
     values."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, priority: int = 0) -> None:
         self._device = device
         # Work of the small kernels is needed first: a GEMM's tiles would keep them waiting.
-        self.copies, self.chain, self.emits = Queue(device, -1), Queue(device), Queue(device, -1)
+        self.copies, self.emits = Queue(device, priority - 1), Queue(device, priority - 1)
+        self.chain = Queue(device, priority)
 
     def callers(self) -> torch.cuda.Event:
         """What happens when all of the caller's work up to now is done."""

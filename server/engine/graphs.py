@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, Protocol
 
 import structlog
@@ -32,6 +33,10 @@ GraphMemory = Any  # torch names its type privately
 
 _one_recording = threading.Lock()
 """A process records one graph at a time, whichever engine wants it."""
+
+RECORDING_PRIORITY = -2
+"""Of streams on which graphs are recorded, and no others. torch hands out 32 streams per priority and begins
+again then: what another thread takes for its own may be the same one, and its work would end a recording."""
 
 
 class GraphedAttention(Protocol):
@@ -168,8 +173,6 @@ class Recordings:
         """compute: starts what a graph of a size holds; its inputs lie at the same addresses each time.
         memory: of the graphs. None: compute every time instead of recording, as a CPU must."""
         self._compute, self._memory = compute, memory
-        # One stream for all recordings: libraries keep working memory for each stream they see.
-        self._side: torch.cuda.Stream | None = None
         self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
         """By size. None: it could not be recorded, so it is computed."""
         self.device_bytes = 0
@@ -195,27 +198,32 @@ class Recordings:
             graph.replay()
 
     def _record(self, size: int, memory: GraphMemory) -> torch.cuda.CUDAGraph:
-        self._side = self._side or torch.cuda.Stream()
-        current, side = torch.cuda.current_stream(), self._side
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            self._compute(size)
-        current.wait_stream(side)
-        graph, num_bytes = record_graph(lambda: self._compute(size), memory, side)
+        graph, num_bytes = record_graph(lambda: self._compute(size), memory)
         self.device_bytes += num_bytes
         return graph
 
 
-def record_graph(
-    launch: Callable[[], None], memory: GraphMemory, side: torch.cuda.Stream
-) -> tuple[torch.cuda.CUDAGraph, int]:
-    """Record what `launch` starts, on `side` and on streams that follow it. All of it ran once before.
+@cache
+def _recording_stream(device: int) -> torch.cuda.Stream:
+    """One for all recordings: graphs share the memory of what they compute only on the same one, and
+    libraries keep working memory for each stream they see."""
+    return torch.cuda.Stream(device, RECORDING_PRIORITY)
+
+
+def record_graph(launch: Callable[[], None], memory: GraphMemory) -> tuple[torch.cuda.CUDAGraph, int]:
+    """Record what `launch` starts, on a stream of its own and on those that follow it. It runs once before,
+    so that everything is compiled.
 
     Returns the graph, and by how many bytes it made the memory grow. Raises RuntimeError if the device has no
     room, or if something was started that cannot be recorded.
     """
     graph = torch.cuda.CUDAGraph()
+    current, side = torch.cuda.current_stream(), _recording_stream(torch.cuda.current_device())
     with _one_recording:
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            launch()
+        current.wait_stream(side)
         before = _num_bytes(memory)
         # Waits for the device first. Other threads may go on using it while this one records.
         with torch.cuda.graph(graph, pool=memory, stream=side, capture_error_mode="thread_local"):

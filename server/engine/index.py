@@ -78,14 +78,17 @@ class IndexPool(PageAllocator):
             self.rows[layer, first:last].copy_(rows[part], non_blocking=True)
             done += last - first
 
-    def read(self, layer: int, slots: Tensor, heads: Tensor) -> Tensor:
-        """Rows of one layer as the codec decodes them, uint8 [N, bytes]. slots, heads: int64 [N]; all on the
-        device."""
-        shape = (self.codec.spec.num_kv_heads, -1)
+    def read_codes(self, layer: int, slots: Tensor, heads: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes of keys and of values from host memory, uint8 [N, bytes] each, on the device. slots, heads:
+        int64 [N]."""
+        rows = self.rows[layer].unflatten(1, (self.codec.spec.num_kv_heads, -1))
         host = self.rows.device
-        codes = self.rows[layer].unflatten(1, shape)[slots.to(host), heads.to(host)]
-        scales = self.row_scales[layer].unflatten(1, shape)[slots, heads]
-        return torch.cat((codes.to(scales.device), scales), dim=1)
+        keys, values = rows[slots.to(host), heads.to(host)].to(slots.device).chunk(2, dim=1)
+        return keys, values
+
+    def read_scales(self, layer: int, slots: Tensor, heads: Tensor) -> Tensor:
+        """Scales of keys and values, uint8 [N, bytes]. slots, heads: int64 [N]."""
+        return self.row_scales[layer].unflatten(1, (self.codec.spec.num_kv_heads, -1))[slots, heads]
 
 
 def _row_parts(codec: TokenCodec) -> list[int]:

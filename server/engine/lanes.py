@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from aquifer.compression.spec import SEGMENT_TOKENS, SINK_TOKENS
-from aquifer.kernels.triton.attention import attend_pages
+from aquifer.kernels.triton.cells import find_rows
 from aquifer.kernels.triton.landmarks import score_landmarks
-from aquifer.kernels.triton.lanes import FIELDS, NOBODY, Lane, LaneRow, lay_out
+from aquifer.kernels.triton.lanes import FIELDS, NOBODY, Lane, LaneRow
+from aquifer.kernels.triton.row_attention import attend_rows
 from aquifer.kernels.triton.rows import fetch_rows
 from aquifer.kernels.triton.select import select_tokens
-from aquifer.kernels.triton.slots import find_rows
 from aquifer.server.engine.pages import BlockTable
 from aquifer.server.engine.parts import EngineParts
 from aquifer.server.engine.runner import CachePass, Rows
-from aquifer.server.engine.selective import LISTED_TOKENS, Selection
+from aquifer.server.engine.selective import Selection
 
 
 class LaneCache:
@@ -48,7 +48,7 @@ class LaneCache:
             sets=1 if selection.shared else spec.num_kv_heads,
             num_q_heads=parts.adapter.num_q_heads,
             wanted=selection.count,
-            slots=selection.row_slots - SINK_TOKENS,
+            cells=selection.cached,
             device=parts.pool.keys.device,
         )
         self._step = 0
@@ -79,22 +79,19 @@ class SelectiveLanes:
         device = parts.pool.keys.device
         self._pool, self._index, self._metrics = parts.pool, parts.index, parts.metrics
         self._fetched_bytes = parts.metrics.fetched_bytes.labels(mode="selective")
-        self._shared = parts.limits.shared_selection
-        self._sets = 1 if self._shared else spec.num_kv_heads
+        shared = parts.limits.shared_selection
+        self._sets = 1 if shared else spec.num_kv_heads
         # (Token, head) pairs in what counts as one.
-        self._rows_each = spec.num_kv_heads if self._shared else 1
+        self._rows_each = spec.num_kv_heads if shared else 1
         pinned = device.type == "cuda"
         self._host = torch.tensor([NOBODY] * most, dtype=torch.int64, pin_memory=pinned)
         self._table = torch.zeros(most, FIELDS.value, dtype=torch.int64, device=device)
-        self._lists = torch.zeros(most, self._sets, LISTED_TOKENS, dtype=torch.int32, device=device)
-        self._lengths = torch.zeros(most, dtype=torch.int32, device=device)
         self._counters = torch.zeros(2, dtype=torch.int64, device=device)
         self._reported = [0, 0]
 
     @property
     def device_bytes(self) -> int:
-        own = (self._table, self._lists, self._lengths, self._counters)
-        return sum(tensor.nbytes for tensor in own)
+        return self._table.nbytes + self._counters.nbytes
 
     def accepts(self, row: Rows) -> bool:
         return isinstance(row.cache, LaneCache) and len(row.token_ids) == 1
@@ -108,21 +105,16 @@ class SelectiveLanes:
         return [slot for _, slot in steps]
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
-        bucket, index, codec = len(q), self._index, self._index.codec
-        lanes, lists, lengths = self._table[:bucket], self._lists[:bucket], self._lengths[:bucket]
+        lanes, index, codec = self._table[: len(q)], self._index, self._index.codec
         keys, values = self._pool.keys[layer], self._pool.values[layer]
-        if layer == 0:
-            lay_out(lanes, lists, lengths, sinks=SINK_TOKENS)
         landmarks = index.codes[layer], index.scales[layer], codec.landmark_quantizer.grid
         lse = score_landmarks(q, codec.signs, *landmarks, lanes, first=SINK_TOKENS)
         select_tokens(lanes, lse, self._sets, first=SINK_TOKENS)
-        missing = find_rows(lanes, layer, lists, self._counters, sinks=SINK_TOKENS)
-        rows = index.rows[layer], index.row_scales[layer]
-        decoded = codec.row_quantizer.grid, codec.signs, codec.means[layer]
-        fetch_rows(lanes, missing, *rows, *decoded, keys, values)
-        slots = lists[:, 0] if self._shared else lists
-        out, _ = attend_pages(q, keys, values, slots, lengths, page_tokens=1)
-        return out
+        cells = {"sinks": SINK_TOKENS, "per_slot": codec.rows_per_slot}
+        missing = find_rows(lanes, layer, self._sets, self._counters, **cells)
+        fetch_rows(lanes, missing, index.rows[layer], keys, values)
+        coded = index.row_scales[layer], codec.row_quantizer.grid, codec.signs, codec.means[layer]
+        return attend_rows(q, keys, values, *coded, lanes, sets=self._sets, sinks=SINK_TOKENS)
 
     def done(self) -> None:
         counted = self._counters.tolist()  # the device is idle anyway

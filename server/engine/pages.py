@@ -141,6 +141,12 @@ class PagePool(PageAllocator):
         """Bytes of pages that hold something, shared or private."""
         return self.used_pages * self.page_bytes
 
+    def cells(self, layer: int, nbytes: int) -> tuple[Tensor, Tensor]:
+        """The keys and the values of one layer as plain memory in cells of so many bytes, which divide a
+        slot's: uint8 [H, cells, nbytes] each."""
+        keys, values = (half[layer].view(torch.uint8) for half in (self.keys, self.values))
+        return keys.view(len(keys), -1, nbytes), values.view(len(values), -1, nbytes)
+
     def write(self, layer: int, runs: Sequence[tuple[int, int]], k: Tensor, v: Tensor) -> None:
         """Put keys (after RoPE) and values of one layer into the slots of `runs`.
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from aquifer.compression.codec import Codec
 from aquifer.compression.spec import SEGMENT_TOKENS
 from aquifer.server.engine.device_streams import Chain, ChainedSegments, Queues
-from aquifer.server.engine.graphs import GraphMemory, record_graph
+from aquifer.server.engine.graphs import RECORDING_PRIORITY, GraphMemory, record_graph
 from aquifer.server.engine.host_memory import to_device
 from aquifer.server.engine.host_slices import HostSlices
 from aquifer.server.engine.pages import BlockTable, PagePool
@@ -49,9 +49,8 @@ class RecordedRestores:
         them. most_segments: in a group."""
         self._codec, self._pool, self._rope_table = codec, pool, rope_table
         self._most = most_segments
-        # Queues of its own: other engines of this process use the common ones while this one records. One
-        # stream for all recordings: they share the memory of what they compute only on the same one.
-        self._queues, self._side = Queues(pool.keys.device), torch.cuda.Stream(pool.keys.device)
+        # Queues of its own: other engines of this process use the common ones while this one records.
+        self._queues = Queues(pool.keys.device, RECORDING_PRIORITY)
         self._memory: GraphMemory = torch.cuda.graph_pool_handle()
         self._recordings: dict[tuple[int, ...], _Recording | None] = {}
         """By the tokens of each segment. None: it could not be recorded."""
@@ -81,9 +80,7 @@ class RecordedRestores:
 
     def _record(self, counts: tuple[int, ...]) -> _Recording | None:
         try:
-            return _Recording(
-                self._codec, counts, self._pool, self._rope_table, self._queues, self._memory, self._side
-            )
+            return _Recording(self._codec, counts, self._pool, self._rope_table, self._queues, self._memory)
         except RuntimeError as error:  # out of memory, above all
             log.warning("restores are launched, not replayed", segments=len(counts), exc_info=error)
             return None
@@ -100,7 +97,6 @@ class _Recording:
         rope_table: Callable[[Tensor], tuple[Tensor, Tensor]],
         queues: Queues,
         memory: GraphMemory,
-        side: torch.cuda.Stream,
     ) -> None:
         """counts: tokens of each segment."""
         assert codec.chain is not None
@@ -122,8 +118,7 @@ class _Recording:
             slots, positions = self._inputs[1:, segment_of] + within
             chain.emit_all(rope_table(positions), slots, pool)
 
-        launch()  # so that everything is compiled
-        self._graph, grown = record_graph(launch, memory, side)
+        self._graph, grown = record_graph(launch, memory)
         self.device_bytes = grown + sum(table.nbytes for table in self._held)
 
     def replay(self, segments: ChainedSegments, table: BlockTable) -> None:

@@ -35,7 +35,18 @@ def test_every_mode_of_decoding_can_be_measured(bench: Callable[..., Any]) -> No
 def test_an_imposed_share_of_the_drafts_is_accepted(bench_once: Callable[..., Any]) -> None:
     outcome = bench_once(
         "decode",
-        *("--repeat", "1", "--tokens", "1024", "--new-tokens", "60", "--budget", "0.1", "--mode", "verified"),
+        *(
+            "--repeat",
+            "1",
+            "--tokens",
+            "1280",
+            "--new-tokens",
+            "12",
+            "--budget",
+            "0.06",
+            "--mode",
+            "verified",
+        ),
         *("--accept", "1", "--rows", "misses"),
     )
     figures = outcome.rows["verified, no row found"]

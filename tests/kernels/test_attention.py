@@ -101,13 +101,10 @@ def test_a_past_in_full_and_a_chunk_causally_equal_causal_attention_over_both() 
     torch.testing.assert_close(merge_attention(parts), expected[:, own], rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("per_head", [False, True])
-def test_attention_over_pages_equals_attention_over_the_tokens_in_them(per_head: bool) -> None:
+def test_attention_over_pages_equals_attention_over_the_tokens_in_them() -> None:
     q, keys, values = random_qkv(2, 3, 3, 1024, 32, torch.float32)
     pages, lengths = [[2, 0], [3, 1], [1, 0]], [300, 0, 256]
     tables = torch.tensor(pages, dtype=torch.int32, device=DEVICE)
-    if per_head:
-        tables = torch.stack((tables, tables.flip(1)), dim=1)
     counts = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
     out, lse = attend_pages(q.transpose(0, 1), keys, values, tables, counts)
     for request, (own, length) in enumerate(zip(pages, lengths, strict=True)):
@@ -115,8 +112,7 @@ def test_attention_over_pages_equals_attention_over_the_tokens_in_them(per_head:
             assert not out[request].any() and (lse[request] == -torch.inf).all()
             continue
         for head in range(2):
-            order = own[::-1] if per_head and head else own
-            slots = torch.cat([torch.arange(256) + 256 * page for page in order])[:length].to(DEVICE)
+            slots = torch.cat([torch.arange(256) + 256 * page for page in own])[:length].to(DEVICE)
             queries = q[3 * head : 3 * head + 3, request, None]
             expected, _ = attend_ref(queries, keys[head, None, slots], values[head, None, slots])
             found = out[request, 3 * head : 3 * head + 3, None]

@@ -14,7 +14,7 @@ from aquifer.compression.spec import KVSpec
 from aquifer.server.engine import selective
 from aquifer.server.engine.index import IndexPool, index_pages
 from aquifer.server.engine.pages import BlockTable, PagePool
-from aquifer.server.engine.selective import RowCache, Selection, indexed_tokens
+from aquifer.server.engine.selective import RowCache, Selection, indexed_tokens, selected_tokens
 
 SPEC = KVSpec(num_layers=2, num_kv_heads=2, head_dim=16, dtype=torch.float32, rope="{}")
 TOKENS = 256
@@ -30,19 +30,22 @@ class Case:
         self.keys, self.values = torch.randn(2, 2, 2, TOKENS, 16, generator=generator).to(DEVICE)
         for layer in range(2):
             self.index.write(layer, [(256, 512)], self.keys[layer], self.values[layer])
-        self.slots = torch.randperm(1024, generator=generator)[: 4 * count].to(DEVICE)
+        cells = torch.randperm(1024 * self.index.codec.rows_per_slot, generator=generator)
+        self.cells = cells[: 4 * count].to(DEVICE)
         tokens = torch.arange(256, 512, device=DEVICE)
-        self.rows = RowCache(
-            self.pool, self.index, tokens, self.slots, Selection(count, 4 * count + 4, shared)
-        )
+        selection = Selection(count, len(self.cells), 1, shared)
+        self.rows = RowCache(self.pool, self.index, tokens, self.cells, selection)
 
-    def expected(self, layer: int, chosen: Tensor) -> Tensor:
-        """Keys [H, K, D] as their rows say, read straight from the index."""
+    def expected(self, layer: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [H, K, D] as their rows say, read straight from the index."""
         per_head = chosen.expand(2, -1)
         heads = torch.arange(2, device=DEVICE).repeat_interleave(chosen.shape[1])
-        rows = self.index.read(layer, 256 + per_head.flatten(), heads)
-        keys, _ = self.index.codec.decode_rows(layer, heads, rows)
-        return keys.view(2, -1, 16)
+        where = 256 + per_head.flatten(), heads
+        rows = torch.cat(
+            (*self.index.read_codes(layer, *where), self.index.read_scales(layer, *where)), dim=1
+        )
+        keys, values = self.index.codec.decode_rows(layer, heads, rows)
+        return keys.view(2, -1, 16), values.view(2, -1, 16)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -54,13 +57,12 @@ def test_random_steps_always_find_the_chosen_rows(shared: bool) -> None:
         for layer in range(2):
             choices = [torch.randperm(TOKENS, generator=generator)[:20].sort().values for _ in range(sets)]
             chosen = torch.stack(choices).to(DEVICE)
-            slots, fetched = case.rows.fetch(layer, chosen, step)
+            cells, fetched = case.rows.fetch(layer, chosen, step)
             assert 0 <= fetched <= chosen.numel()
-            where = slots.expand(2, -1)
-            found = torch.stack([case.pool.keys[layer, head, where[head]] for head in range(2)])
-            assert torch.equal(found, case.expected(layer, chosen))
-            assert all(len(set(own.tolist())) == 20 for own in slots)
-            assert set(slots.flatten().tolist()) <= set(case.slots.tolist())
+            found, expected = case.rows.read(layer, chosen, cells), case.expected(layer, chosen)
+            assert all(torch.equal(own, true) for own, true in zip(found, expected, strict=True))
+            assert all(len(set(own.tolist())) == 20 for own in cells)
+            assert set(cells.flatten().tolist()) <= set(case.cells.tolist())
 
 
 def test_what_was_fetched_lately_is_not_fetched_again() -> None:
@@ -84,10 +86,11 @@ def test_the_least_recently_used_row_makes_room() -> None:
 def test_keys_and_values_come_back_close_to_what_was_written() -> None:
     case = Case(30, shared=False)
     chosen = torch.stack([torch.arange(30), torch.arange(100, 130)]).to(DEVICE)
-    slots, _ = case.rows.fetch(1, chosen, 1)
-    for head in range(2):
-        for pooled, written in ((case.pool.keys, case.keys), (case.pool.values, case.values)):
-            found, true = pooled[1, head, slots[head]], written[1, head, chosen[head]]
+    cells, _ = case.rows.fetch(1, chosen, 1)
+    halves = zip(case.rows.read(1, chosen, cells), (case.keys, case.values), strict=True)
+    for half, written in halves:
+        for head in range(2):
+            found, true = half[head], written[1, head, chosen[head]]
             assert (found - true).square().sum() < 0.02 * true.square().sum()
 
 
@@ -103,13 +106,19 @@ def test_keys_and_values_come_back_close_to_what_was_written() -> None:
     ],
 )
 def test_the_budget_counts_sinks_and_tail(prompt: int, budget: float, selected: int) -> None:
-    assert Selection.of(prompt, budget, shared=False).count == selected
+    assert selected_tokens(prompt, budget) == selected
     assert indexed_tokens(8193) == 8188
 
 
-def test_rows_on_the_device_are_four_steps_worth_but_never_more_than_there_are() -> None:
-    assert Selection.of(8193, 0.05, shared=False).row_slots == 4 + 4 * (410 - 5)
-    assert Selection.of(8193, 0.5, shared=False).row_slots == 4 + 8188
+def test_rows_on_the_device_are_sixteen_steps_worth_but_never_more_than_there_are() -> None:
+    few = Selection.of(8193, 0.01, shared=False, rows_per_slot=4)
+    assert (few.cached, few.row_pages) == (16 * (82 - 5), 2)  # 4 sinks and a fourth of 1,232 rows
+    many = Selection.of(8193, 0.5, shared=False, rows_per_slot=8)
+    assert (many.cached, many.row_pages) == (8188, 5)  # 4 sinks and 1,024 slots
+    rich = Selection.of(8193, 0.01, shared=False, rows_per_slot=4, share_pages=3)
+    assert (rich.cached, rich.row_pages) == ((3 * 256 - 4) * 4, 3)
+    assert Selection.of(8193, 0.01, shared=False, rows_per_slot=4, share_pages=99).cached == 8188
+    assert Selection.of(8193, 0.01, shared=False, rows_per_slot=4, share_pages=-1) == few
 
 
 def test_an_index_is_bounded_by_host_and_by_device_memory() -> None:

@@ -24,7 +24,7 @@ def rotated_state(
     return Rotation.of(channels, 3, device), state, (angles.cos().to(dtype), angles.sin().to(dtype))
 
 
-def a_lane(sets: int, count: int, device: torch.device, *, slots: int = 40, pages: int = 3) -> Lane:
+def a_lane(sets: int, count: int, device: torch.device, *, cells: int = 40, pages: int = 3) -> Lane:
     """Pages 2, 0, ... of the index; the tail in pages 5 and 1 of the pool, rows in 3 and 2."""
     return Lane(
         [2, 0, 1][:pages],
@@ -34,6 +34,6 @@ def a_lane(sets: int, count: int, device: torch.device, *, slots: int = 40, page
         sets=sets,
         num_q_heads=2,
         wanted=count,
-        slots=slots,
+        cells=cells,
         device=device,
     )

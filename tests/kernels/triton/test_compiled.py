@@ -23,16 +23,17 @@ from aquifer.compression.predictors import LayerFit, PredictorCard, Predictors
 from aquifer.compression.spec import SINK_TOKENS, KVSpec
 from aquifer.kernels.backend import triton_backend
 from aquifer.kernels.triton.attention import attend_pages, merge_parts
+from aquifer.kernels.triton.cells import find_rows
 from aquifer.kernels.triton.emit import emit
 from aquifer.kernels.triton.gather import gather_slices
 from aquifer.kernels.triton.higgs import higgs_encode
 from aquifer.kernels.triton.landmarks import score_landmarks
-from aquifer.kernels.triton.lanes import NOBODY, lay_out
+from aquifer.kernels.triton.lanes import NOBODY
 from aquifer.kernels.triton.norms import add_rms_norm, rms_norm, swiglu
 from aquifer.kernels.triton.rope import rotate_and_store
+from aquifer.kernels.triton.row_attention import attend_rows
 from aquifer.kernels.triton.rows import fetch_rows
 from aquifer.kernels.triton.select import select_tokens
-from aquifer.kernels.triton.slots import find_rows
 from aquifer.kernels.triton.state_attention import attend_state
 from aquifer.server.engine import lanes as engine_lanes
 from aquifer.server.engine.graphs import GraphedStep, PagedLanes
@@ -117,37 +118,40 @@ def test_a_layer_of_selective_decoding_compiles(
     """As the engine launches it."""
     requests, sets, first = 2, (1 if shared else HEADS), SINK_TOKENS
     lanes = torch.zeros(requests, len(NOBODY), dtype=torch.int64)
-    lists, lengths = int32(requests, sets, 1 << 15), int32(requests)
     q = torch.zeros(requests, HEADS * group, head_dim, dtype=dtype)
     pool, signs = torch.zeros(HEADS, SLOTS, head_dim, dtype=dtype), torch.ones(head_dim)
     codes = torch.zeros(SLOTS, HEADS * head_dim // 4, dtype=torch.uint8)
     scales = torch.zeros(SLOTS, HEADS, dtype=torch.float16)
     rows = torch.zeros(SLOTS, HEADS * head_dim, dtype=torch.uint8)
     row_scales = torch.zeros(SLOTS, HEADS * 4, dtype=torch.uint8)
-    lay_out(lanes, lists, lengths, sinks=first)
     partial_lse = score_landmarks(q, signs, codes, scales, torch.zeros(256, 4), lanes, first=first)
     select_tokens(lanes, partial_lse, sets, first=first)
     for layer in (0, 1, 16):
-        missing = find_rows(lanes, layer, lists, torch.zeros(2, dtype=torch.int64), sinks=first)
-    means = torch.zeros(HEADS, head_dim)
-    fetch_rows(lanes, missing, rows, row_scales, torch.zeros(256, 2), signs, means, pool, pool)
-    attend_pages(q, pool, pool, lists[:, 0] if shared else lists, lengths, page_tokens=1)
+        counters, per_slot = torch.zeros(2, dtype=torch.int64), 2 * dtype.itemsize
+        missing = find_rows(lanes, layer, sets, counters, sinks=first, per_slot=per_slot)
+    fetch_rows(lanes, missing, rows, pool, pool)
+    decoding = row_scales, torch.zeros(256, 2), signs, torch.zeros(HEADS, head_dim)
+    attend_rows(q, pool, pool, *decoding, lanes, sets=sets, sinks=first)
     assert list(dict.fromkeys(compiled)) == [
-        *("_lay_out", "_tabulate", "_score", "_rank", "_refine", "_choose"),
-        *("_look_up", "_count_ages", "_give_slots", "_fetch_rows", "_attend_split", "_merge_splits"),
+        *("_prepare", "score_pages", "_rank", "_collect", "_decide"),
+        *("_find", "_fetch_rows", "_attend_rows", "_join_rows"),
     ]
 
 
-@pytest.mark.parametrize(("page_tokens", "queries"), [(1, 1), (256, 1), (256, 64)])
+def test_scoring_landmarks_of_wide_heads_compiles(compiled: _Compiled) -> None:
+    codes, scales = torch.zeros(256, 256, dtype=torch.uint8), torch.zeros(256, 4, dtype=torch.float16)
+    lanes, q = torch.zeros(1, len(NOBODY), dtype=torch.int64), torch.zeros(1, 8, 256)
+    score_landmarks(q, torch.ones(256), codes, scales, torch.zeros(256, 4), lanes)
+    assert compiled == ["_prepare", "score_pages"]
+
+
+@pytest.mark.parametrize("queries", [1, 64])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("head_dim", [16, 64, 128, 256])
-def test_attention_compiles(
-    head_dim: int, dtype: torch.dtype, page_tokens: int, queries: int, compiled: _Compiled
-) -> None:
+def test_attention_compiles(head_dim: int, dtype: torch.dtype, queries: int, compiled: _Compiled) -> None:
     pool = torch.zeros(HEADS, SLOTS, head_dim, dtype=dtype)
     q = torch.zeros(2 * queries, HEADS * GROUP, head_dim, dtype=dtype)
-    tables, lengths = int32(2, SLOTS // page_tokens), int32(2 * queries)
-    attend_pages(q, pool, pool, tables, lengths, page_tokens=page_tokens)
+    attend_pages(q, pool, pool, int32(2, SLOTS // 256), int32(2 * queries))
     assert compiled == ["_attend_split", "_merge_splits"]
 
 
@@ -315,23 +319,25 @@ def test_single_tokens_pages_and_splits_compile(compiled: _Compiled) -> None:
     lanes, signs = torch.zeros(1, len(NOBODY), dtype=torch.int64), torch.ones(64)
     lse = score_landmarks(q, signs, codes, scales, torch.zeros(256, 4), lanes, first=1, parts=1)
     select_tokens(lanes, lse, 1, first=1)
-    find_rows(lanes, 1, int32(1, 1, 1), torch.zeros(2, dtype=torch.int64), sinks=1)
+    find_rows(lanes, 1, 1, torch.zeros(2, dtype=torch.int64), sinks=1, per_slot=4)
     rows, row_scales = (torch.zeros(256, size, dtype=torch.uint8) for size in (64, 4))
-    grid, means = torch.zeros(256, 2), torch.zeros(1, 64)
-    fetch_rows(lanes, int32(1, 1), rows, row_scales, grid, signs, means, pool, pool, programs=1)
+    fetch_rows(lanes, int32(1, 1), rows, pool, pool, programs=1)
+    decoding = row_scales, torch.zeros(256, 2), signs, torch.zeros(1, 64)
+    attend_rows(q, pool, pool, *decoding, lanes, sets=1, sinks=1, splits=1)
     angles = torch.zeros(1, 64)
     emit(torch.zeros(1, 128), torch.ones(64), 64, (angles, angles), int32(1), pool, pool)
     higgs_encode(torch.zeros(1, 64), load_quantizer(2, torch.device("cpu")), 64)
     assert compiled == [
-        *("_attend_split", "_merge_splits", "_tabulate", "_score", "_rank", "_refine", "_choose"),
-        *("_look_up", "_count_ages", "_give_slots", "_fetch_rows", "_emit", "_encode"),
+        *("_attend_split", "_merge_splits", "_prepare", "score_pages", "_rank", "_collect", "_decide"),
+        *("_find", "_fetch_rows", "_attend_rows", "_join_rows"),
+        *("_emit", "_encode"),
     ]
 
 
 @pytest.mark.parametrize("layer", [0, 1, 31])
 def test_what_benchmarks_put_in_between(compiled: _Compiled, layer: int) -> None:
-    lanes, missed = torch.zeros(2, len(NOBODY), dtype=torch.int64), torch.zeros(32, HEADS, 4096)
-    lists, counters = torch.zeros(2, HEADS, 64, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
+    lanes, missed = torch.zeros(2, len(NOBODY), dtype=torch.int64), torch.zeros(2, 32, HEADS, 4096)
     with imposed_on_lanes(missed):
-        engine_lanes.find_rows(lanes, layer, lists, counters, sinks=4)
-    assert compiled == ["_impose", "_look_up", "_count_ages", "_give_slots"]
+        counters = torch.zeros(2, dtype=torch.int64)
+        engine_lanes.find_rows(lanes, layer, HEADS, counters, sinks=4, per_slot=4)
+    assert compiled == ["_impose", "_find"]

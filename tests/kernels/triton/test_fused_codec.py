@@ -282,6 +282,7 @@ def recording(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Callable
 
     def record_graph(launch: Callable[[], None], *_: object) -> tuple[SimpleNamespace, int]:
         nonlocal now
+        launch()
         now = True
         launch()
         now = False
@@ -292,8 +293,8 @@ def recording(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Callable
     if device.type == "cpu":
         monkeypatch.setattr(FusedAquaCodec, "_decode_offsets", offsets)
         monkeypatch.setattr(recorded_restore, "record_graph", record_graph)
-        monkeypatch.setattr(recorded_restore, "Queues", lambda device: _NoQueues())
-        monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+        monkeypatch.setattr(recorded_restore, "Queues", lambda *_: _NoQueues())
+        monkeypatch.setattr(torch.cuda, "Stream", lambda *_: None)
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     return lambda: now
 

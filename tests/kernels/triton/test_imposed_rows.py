@@ -2,6 +2,7 @@
 
 from typing import get_args
 
+import pytest
 import torch
 
 from aquifer.benchmarks.selection import Rows, RowsKind
@@ -14,10 +15,11 @@ SPEC = KVSpec(num_layers=2, num_kv_heads=2, head_dim=16, dtype=torch.float32, ro
 SINKS = 4
 
 
+@pytest.mark.parametrize("cells", [120, 764])
 def test_the_kernel_chooses_what_the_row_cache_is_told_elsewhere(
-    device: torch.device, launched: list[str]
+    cells: int, device: torch.device, launched: list[str]
 ) -> None:
-    lists = torch.zeros(2, 2, 64, dtype=torch.int32, device=device)
+    tokens = 3 * 256 - SINKS
     counters = torch.zeros(2, dtype=torch.int64, device=device)
     rows, own = Rows(SPEC, device), torch.arange(SINKS, SINKS + 30, device=device).expand(2, -1)
     fetched = {}
@@ -31,17 +33,18 @@ def test_the_kernel_chooses_what_the_row_cache_is_told_elsewhere(
                 sets=2,
                 num_q_heads=2,
                 wanted=30,
-                slots=120,
+                cells=cells,
                 device=device,
             )
             for step in range(1, 5):
                 for layer in range(2):
                     lane.chosen.copy_(own)
                     table = torch.tensor([NOBODY, lane.row(step, 3)], device=device)
-                    engine_lanes.find_rows(table, layer, lists, counters, sinks=SINKS, chunks=1)
-                    expected = rows._impose(own - SINKS, 3 * 256 - SINKS, layer, step) + SINKS
+                    engine_lanes.find_rows(table, layer, 2, counters, sinks=SINKS, per_slot=8)
+                    among = own - SINKS, tokens, layer, step
+                    expected = rows._impose(*among, all_kept=cells == tokens) + SINKS
                     assert lane.chosen.tolist() == expected.tolist()
             fetched[kind] = int(counters[1])
     assert fetched["own"] == 2 * 2 * 30, "only its first step finds nothing"
     assert fetched["own"] < fetched["trace"] < fetched["misses"] == 4 * 2 * 2 * 30
-    assert set(launched) == {"_impose", "_look_up", "_count_ages", "_give_slots"}
+    assert set(launched) == {"_impose", "_find"}

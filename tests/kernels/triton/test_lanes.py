@@ -16,9 +16,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from aquifer.compression.landmarks import TokenCodec
-from aquifer.compression.spec import SINK_TOKENS
 from aquifer.kernels.backend import PLAIN, backend_for
-from aquifer.kernels.triton import attention, landmarks, select, slots
+from aquifer.kernels.triton import landmarks, row_attention, select
 from aquifer.kernels.triton.rows import fetch_rows
 from aquifer.server.engine import lanes
 from aquifer.server.engine.graphs import GraphedStep
@@ -77,7 +76,9 @@ class Setting:
     def read(self, length: int, budget: float) -> tuple[SelectiveCache, LaneCache]:
         """One random prompt, twice: for plain and for recorded steps."""
         ids = random.Random(length).choices(range(299), k=length)
-        selection = Selection.of(length, budget, shared=self.parts.limits.shared_selection)
+        packing = self.index.codec.rows_per_slot
+        shared = self.parts.limits.shared_selection
+        selection = Selection.of(length, budget, shared=shared, rows_per_slot=packing)
         segments = (length - 1) // 256
         index_pages = self.index.allocate(segments)
         assert index_pages is not None
@@ -115,7 +116,7 @@ class Setting:
 @pytest.fixture(params=[True, False], ids=["shared", "per head"])
 def setting(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Setting:
     if device.type == "cpu":  # the interpreter takes them one by one
-        for module in (attention, landmarks, select, slots):
+        for module in (landmarks, row_attention, select):
             monkeypatch.setattr(module, "PROGRAMS", 4)
         monkeypatch.setattr(lanes, "fetch_rows", partial(fetch_rows, programs=8))
     return Setting(device, shared=request.param)
@@ -185,8 +186,8 @@ def test_a_request_answers_alike_alone_and_beside_others(setting: Setting, launc
 def test_a_request_counts_what_it_holds_of_the_device(setting: Setting) -> None:
     plain, fast = setting.read(600, 0.2)
     layers, sets = 2, setting.lanes._sets
-    least = 4 * layers * sets * (512 + 2 * (fast._lane.slots - SINK_TOKENS))
-    assert fast.held_bytes > plain.held_bytes > least
+    maps = 4 * layers * sets * (508 + 2 * fast._lane.cells)
+    assert fast.held_bytes > plain.held_bytes == maps
 
 
 def test_a_lane_takes_part_in_recorded_steps_only(setting: Setting) -> None:
