@@ -130,7 +130,7 @@ def test_few_programs_fetch_all_rows(
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize(
     ("heads", "group", "head_dim", "count", "tail", "splits"),
-    [(1, 1, 64, 1, 1, 1), (3, 7, 64, 70, 258, 5), (2, 4, 128, 120, 130, 2), (2, 2, 64, 30, 3, 64)],
+    [(1, 1, 64, 1, 1, 1), (3, 7, 64, 70, 258, 5), (2, 4, 128, 120, 130, 2), (2, 2, 64, 30, 3, 9)],
 )
 def test_attention_to_packed_rows_equals_attention_to_decoded_ones(
     heads: int,
@@ -152,10 +152,8 @@ def test_attention_to_packed_rows_equals_attention_to_decoded_ones(
     wanted(lane, range((3 * 256 + SINKS) * per_slot, 4 * 256 * per_slot), 1)
     wanted(other, range(2 * 256 * per_slot, 3 * 256 * per_slot), 2)
     lanes = torch.tensor([lane.row(1, tail), NOBODY, other.row(1, 40)], device=device)
-    layer.fetch(
-        lanes,
-        torch.tensor([[count], [0], [9]], dtype=torch.int32, device=device).expand(3, sets).contiguous(),
-    )
+    num_missing = torch.tensor([[count], [0], [9]], dtype=torch.int32, device=device)
+    layer.fetch(lanes, num_missing.expand(3, sets).contiguous(), programs=2)
     q = torch.randn(3, heads * group, head_dim, generator=torch.Generator().manual_seed(5)).to(device, dtype)
     found = layer.attend(q, lanes, sets, splits=splits, block_tokens=32)
     assert launched == ["_fetch_rows", "_attend_rows", "_join_rows"]
