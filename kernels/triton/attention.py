@@ -37,6 +37,8 @@ MAX_SPLITS = 64
 """More would not fit into the registers of the program that merges them."""
 
 
+LN_2 = tl.constexpr(0.6931471805599453)
+
 _LEAST_TOKENS = tl.constexpr(128)
 """Of a split: in shorter ones, a program's start and the merge would cost more than the tokens."""
 
@@ -110,10 +112,40 @@ def _attend_split(
         out = out * kept[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
         top = new_top
 
-    partial = query_head.to(tl.int64) * tl.num_programs(0) + split
+    keep_split(partial_out, partial_lse, query_head, exists, out, top, total, HEAD_DIM)
+
+
+@triton.jit
+def weigh(
+    score: tl.tensor, top: tl.tensor, total: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """The next block of a softmax. score: [ROWS, BLOCK], in powers of two; a row that is all -inf needs a
+    finite maximum from before. Returns the weights, what is kept of the sums so far, the new maxima and the
+    new sums of weights."""
+    new_top = tl.maximum(top, tl.max(score, axis=1))
+    weight = tl.exp2(score - new_top[:, None])
+    kept = tl.exp2(top - new_top)
+    return weight, kept, new_top, total * kept + tl.sum(weight, axis=1)
+
+
+@triton.jit
+def keep_split(
+    partial_out: tl.tensor,
+    partial_lse: tl.tensor,
+    query_head: tl.tensor,
+    exists: tl.tensor,
+    out: tl.tensor,
+    top: tl.tensor,
+    total: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+) -> None:
+    """Store what one split, the first number of a program, found for some query heads, as `join_splits` reads
+    it. out: [ROWS, D], sums of values; top, total: [ROWS], maxima of the scores in powers of two, and sums of
+    the weights beside these."""
+    partial = query_head.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     total = tl.where(top == float("-inf"), 1.0, total)
     tl.store(partial_lse + partial, top + tl.log2(total), mask=exists)
-    place = partial[:, None] * HEAD_DIM + channel[None, :]
+    place = partial[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
     tl.store(partial_out + place, out / total[:, None], mask=exists[:, None])
 
 
@@ -166,8 +198,7 @@ def _merge_splits(
     there = split < tl.cdiv(blocks, _blocks_per_split(blocks, num_splits, BLOCK))
     merged, merged_lse = join_splits(partial_out, partial_lse, query_head, num_splits, there, HEAD_DIM)
     tl.store(out + query_head * HEAD_DIM + channel, merged)
-    ln_2: tl.constexpr = 0.6931471805599453
-    tl.store(lse + query_head, merged_lse * ln_2)
+    tl.store(lse + query_head, merged_lse * LN_2)
 
 
 def attend_pages(
@@ -229,7 +260,7 @@ def attend_pages(
         count,
         block_tables.stride(0),
         keys.stride(0),
-        SCORE_SCALE=head_dim**-0.5 / 0.6931471805599453,
+        SCORE_SCALE=head_dim**-0.5 / LN_2.value,
         GROUP=group,
         TOKENS=tile,
         ROWS=rows,

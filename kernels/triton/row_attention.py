@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aquifer.kernels.triton.attention import MAX_SPLITS, join_splits
+from aquifer.kernels.triton.attention import LN_2, MAX_SPLITS, join_splits, keep_split, weigh
 from aquifer.kernels.triton.checks import FLOATS, expect, expect_pool, expect_power_of_two
 from aquifer.kernels.triton.hadamard import LEAST, turn_group
 from aquifer.kernels.triton.lanes import (
@@ -43,18 +43,6 @@ CODES = tl.constexpr(256)
 
 
 @triton.jit
-def _weigh(
-    score: tl.tensor, top: tl.tensor, total: tl.tensor
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """The next block of a softmax. score: [ROWS, BLOCK], of which no row is all -inf. Returns the weights,
-    what is kept of the sums so far, the new maxima and the new sum of weights."""
-    new_top = tl.maximum(top, tl.max(score, axis=1))
-    weight = tl.exp2(score - new_top[:, None])
-    kept = tl.exp2(top - new_top)
-    return weight, kept, new_top, total * kept + tl.sum(weight, axis=1)
-
-
-@triton.jit
 def _points(table: tl.tensor, codes: tl.tensor) -> tl.tensor:
     """One coordinate of the points that codes [BLOCK, N] stand for."""
     flat: tl.constexpr = codes.shape[0] * codes.shape[1]
@@ -71,12 +59,9 @@ def _attend_rows(
     scales: tl.tensor,
     keys: tl.tensor,
     values: tl.tensor,
-    key_codes: tl.tensor,
-    value_codes: tl.tensor,
     partial_out: tl.tensor,
     partial_lse: tl.tensor,
     head_stride: tl.tensor,
-    code_stride: tl.tensor,
     SCORE_SCALE: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -87,8 +72,7 @@ def _attend_rows(
     EXACT: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Some blocks of one KV head of one request. keys, values and their codes: the same memory, as elements
-    and as bytes. Scores are in powers of two, which exp2 wants."""
+    """Some blocks of one KV head of one request. Scores are in powers of two, which exp2 wants."""
     split, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits, heads = tl.num_programs(0), tl.num_programs(1)
     row, channel, half = tl.arange(0, ROWS), tl.arange(0, HEAD_DIM), tl.arange(0, HEAD_DIM // 2)
@@ -116,7 +100,7 @@ def _attend_rows(
         k = tl.load(keys + at, mask=valid[:, None], other=0.0)
         score = tl.dot(q, tl.trans(k), input_precision="ieee") * SCORE_SCALE
         score = tl.where(valid[None, :], score, float("-inf"))
-        weight, kept, top, total = _weigh(score, top, total)
+        weight, kept, top, total = weigh(score, top, total)
         v = tl.load(values + at, mask=valid[:, None], other=0.0)
         out = out * kept[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
 
@@ -139,8 +123,7 @@ def _attend_rows(
         chosen = memory(lanes, request, CHOSEN, tl.int32) + own_set * count
         cells = memory(lanes, request, ROW_CELLS, tl.int32) + own_set * count
         index_pages = memory(lanes, request, INDEX_PAGES, tl.int32)
-        key_codes += head.to(tl.int64) * code_stride
-        value_codes += head.to(tl.int64) * code_stride
+        key_codes, value_codes = keys.to(tl.pointer_type(tl.uint8)), values.to(tl.pointer_type(tl.uint8))
         for block in range(first - near_blocks, row_blocks, splits):
             place = block * BLOCK + tl.arange(0, BLOCK)
             valid = place < count
@@ -156,7 +139,7 @@ def _attend_rows(
             score = tl.dot(q_second, tl.trans(_points(second_axis, codes)), score, input_precision="ieee")
             score = (score * key_scale[None, :] + shift[:, None]) * SCORE_SCALE
             score = tl.where(valid[None, :], score, float("-inf"))
-            weight, kept, top, total = _weigh(score, top, total)
+            weight, kept, top, total = weigh(score, top, total)
             weight = (weight * value_scale[None, :]).to(q.dtype)
             codes = tl.load(value_codes + at, mask=valid[:, None], other=0).to(tl.int32)
             out *= kept[:, None]
@@ -169,11 +152,7 @@ def _attend_rows(
         turned = tl.reshape(tl.join(turned_first, turned_second), [ROWS, HEAD_DIM])
         out += turn_group(turned, LEFT, HEAD_DIM // LEFT, EXACT) * sign
 
-    partial = query_head.to(tl.int64) * splits + split
-    total = tl.where(top == float("-inf"), 1.0, total)
-    tl.store(partial_lse + partial, top + tl.log2(total), mask=exists)
-    at = partial[:, None] * HEAD_DIM + channel[None, :]
-    tl.store(partial_out + at, out / total[:, None], mask=exists[:, None])
+    keep_split(partial_out, partial_lse, query_head, exists, out, top, total, HEAD_DIM)
 
 
 @triton.jit
@@ -244,7 +223,6 @@ def attend_rows(
     splits = splits or max(1, min(MAX_SPLITS, PROGRAMS // (requests * heads)))
     partial_out = torch.empty(requests, num_q_heads, splits, head_dim, device=q.device)
     partial_lse = torch.empty(requests, num_q_heads, splits, device=q.device)
-    key_codes, value_codes = keys.view(torch.uint8), values.view(torch.uint8)
     _attend_rows[(splits, heads, requests)](
         q.contiguous(),
         signs,
@@ -254,13 +232,10 @@ def attend_rows(
         scales.view(torch.int32),
         keys,
         values,
-        key_codes,
-        value_codes,
         partial_out,
         partial_lse,
         keys.stride(0),
-        key_codes.stride(0),
-        SCORE_SCALE=head_dim**-0.5 / 0.6931471805599453,
+        SCORE_SCALE=head_dim**-0.5 / LN_2.value,
         GROUP=group,
         ROWS=max(LEAST, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim,

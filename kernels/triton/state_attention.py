@@ -16,14 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from aquifer.kernels.triton.attention import LN_2, weigh
 from aquifer.kernels.triton.checks import FLOATS, expect, expect_power_of_two
 from aquifer.kernels.triton.emit import upright_heads, with_rope
 from aquifer.kernels.triton.hadamard import LEAST, factors, turn_group
 
 SPLITS = 64
 """Of the tokens: with four programs per split and group, two for each multiprocessor of an H200."""
-
-LN_2 = tl.constexpr(0.6931471805599453)
 
 LOWEST = tl.constexpr(-1e30)
 """Finite, so that it can be subtracted from itself."""
@@ -102,13 +101,10 @@ def _sum_values(
         place = token.to(tl.int64)[None, :] * query_heads + query_head[:, None]
         there = own[:, None] & exists[None, :]
         score = tl.load(scores + place, mask=there, other=float("-inf"))
-        new_top = tl.maximum(top, tl.max(score, axis=1))
-        weight, kept = tl.exp2(score - new_top[:, None]), tl.exp2(top - new_top)
-        total = total * kept + tl.sum(weight, axis=1)
+        weight, kept, top, total = weigh(score, top, total)
         place = token.to(tl.int64)[:, None] * row_stride + first_column + column[None, :]
         value = tl.load(values + place, mask=exists[:, None], other=0.0)
         out = out * kept[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
-        top = new_top
     total = tl.maximum(total, 1e-30)  # of rows that are nobody's
     partial = split.to(tl.int64) * query_heads + query_head
     place = partial[:, None] * GROUP + first_column % GROUP + column[None, :]

@@ -185,7 +185,7 @@ class SelectiveCache:
         rows = BlockTable(row_pages)
         self._sink_slots = _flat(rows.runs([(0, SINK_TOKENS)]), device)
         per_slot = parts.index.codec.rows_per_slot
-        room = rows.runs([(SINK_TOKENS, -(-selection.cached // per_slot))])
+        room = rows.runs([(SINK_TOKENS, len(row_pages) * SEGMENT_TOKENS - SINK_TOKENS)])
         cells = _flat([(first * per_slot, last * per_slot) for first, last in room], device)
         tokens = _flat(self._landmarks, device)
         self._rows = RowCache(parts.pool, parts.index, tokens, cells[: selection.cached], selection)
