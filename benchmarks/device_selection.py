@@ -22,7 +22,7 @@ from aquifer.kernels.triton.higgs import higgs_encode
 from aquifer.kernels.triton.landmarks import score_landmarks
 from aquifer.kernels.triton.lanes import Lane
 from aquifer.kernels.triton.row_attention import SCALES_BYTES, attend_rows
-from aquifer.kernels.triton.rows import fetch_rows
+from aquifer.kernels.triton.rows import fetch_rows, load_rows
 from aquifer.kernels.triton.select import select_tokens
 from aquifer.server.engine.pages import pages_of
 from aquifer.server.engine.selective import ROW_CACHE_STEPS, Selection, indexed_tokens
@@ -66,6 +66,7 @@ def selection_kernels(shape: Shape) -> list[Kernel]:
     scores = 4.0 * shape.query_heads * tokens
     attended = 2.0 * shape.half_bytes(SINK_TOKENS + one.tail)
     attended += heads * one.wanted * (shape.head_dim + SCALES_BYTES)
+    every_row = float(tokens * heads * shape.head_dim)
     return [
         Kernel(
             "score landmarks",
@@ -82,6 +83,12 @@ def selection_kernels(shape: Shape) -> list[Kernel]:
             "attention over chosen rows",
             [layer.attend for layer in layers],
             {Limit.MEMORY: attended, Limit.START: 2},
+        ),
+        Kernel(
+            "load all rows",
+            [layer.load for layer in layers],
+            {Limit.BUS: every_row, Limit.MEMORY: every_row, Limit.START: 1},
+            note="by few programs, as steps go on beside it",
         ),
     ]
 
@@ -139,7 +146,7 @@ class _Layer:
         segments = (shape.tokens - 1) // SEGMENT_TOKENS
         self.tokens, self.tail = segments * SEGMENT_TOKENS, shape.tokens - segments * SEGMENT_TOKENS + 1
         self.wanted, self.cells = selection.count, selection.cached
-        tail_pages, row_pages = pages_of(self.tail), selection.row_pages
+        tail_pages, row_pages = pages_of(self.tail), pages_of(SINK_TOKENS + self.tokens // per_slot)
         self._codec, self._heads = codec, heads
         self._lane = Lane(
             torch.randperm(segments).tolist(),
@@ -152,6 +159,8 @@ class _Layer:
             cells=self.cells,
             device=device,
         )
+        segment = torch.arange(segments, dtype=torch.int32, device=device)
+        self._places = segment, SEGMENT_TOKENS * self._lane.index_pages.long(), self._lane.row_pages
         self._counters = torch.zeros(2, dtype=torch.int64, device=device)
 
         def numbers(*sizes: int) -> Tensor:
@@ -219,6 +228,9 @@ class _Layer:
 
     def fetch(self) -> None:
         fetch_rows(self._lanes, self.missing, self._rows, self._keys, self._values)
+
+    def load(self) -> None:
+        load_rows(*self._places, self._rows, self._keys, self._values, sinks=SINK_TOKENS)
 
     def attend(self) -> object:
         codec, pool = self._codec, (self._query, self._keys, self._values)

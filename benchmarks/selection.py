@@ -131,9 +131,12 @@ class Rows:
         # [2, L, H, steps], see SelectionTrace: rows missed so far, as a multiple of those of one step; below
         # 0: the model's own choice. Always at one address, because recorded steps read it there.
         self._missed = torch.full((2, spec.num_layers, spec.num_kv_heads, _STEPS), -1.0, device=device)
+        self.lets_rows_come = True
+        """To the device before they are chosen."""
 
     def use(self, kind: RowsKind) -> None:
         """From the next request on. Answers longer than the trace's repeat it."""
+        self.lets_rows_come = kind != "misses"
         self._missed.copy_(self._misses(kind))
         if self._missed.is_cuda:
             torch.cuda.synchronize(self._missed.device)  # engines read it on streams of their own
@@ -161,7 +164,7 @@ class Rows:
             if self._missed.is_cuda and find_spec("triton"):
                 from aquifer.benchmarks.selection_cuda import imposed_on_lanes
 
-                with imposed_on_lanes(self._missed):
+                with imposed_on_lanes(self._missed, lambda: self.lets_rows_come):
                     yield
             else:
                 yield

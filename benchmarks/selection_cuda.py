@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -31,7 +31,7 @@ def _impose(
     tokens, count = number(lanes, request, TOKENS), number(lanes, request, WANTED)
     if tokens > 0:
         step = number(lanes, request, STEP) % steps
-        all_kept = number(lanes, request, CELLS) >= tokens - FIRST
+        all_kept = number(lanes, request, CELLS) == 0
         share = tl.load(missed + tl.where(all_kept, case_stride, 0) + layer_at + own_set * steps + step)
         if share >= 0:
             chosen = memory(lanes, request, CHOSEN, tl.int32) + own_set * count
@@ -44,9 +44,9 @@ def _impose(
 
 
 @contextmanager
-def imposed_on_lanes(missed: Tensor) -> Iterator[None]:
-    """missed: float32 [2, L, H, steps], see Rows."""
-    find_rows = engine_lanes.find_rows
+def imposed_on_lanes(missed: Tensor, rows_may_come: Callable[[], bool]) -> Iterator[None]:
+    """missed: float32 [2, L, H, steps], see Rows. rows_may_come: whether rows come before they are chosen."""
+    find_rows, load_rows_of = engine_lanes.find_rows, engine_lanes.load_rows_of
 
     def find_imposed(lanes: Tensor, layer: int, sets: int, *rest: Any, **options: Any) -> Tensor:
         _, _, heads, steps = missed.shape
@@ -54,5 +54,12 @@ def imposed_on_lanes(missed: Tensor) -> Iterator[None]:
         _impose[(sets, len(lanes))](lanes, missed, *places, FIRST=SINK_TOKENS, BLOCK=1024)
         return find_rows(lanes, layer, sets, *rest, **options)
 
-    with patch.object(engine_lanes, "find_rows", find_imposed):
+    def load_if_allowed(caches: Sequence[engine_lanes.LaneCache]) -> None:
+        if rows_may_come():
+            load_rows_of(caches)
+
+    with (
+        patch.object(engine_lanes, "find_rows", find_imposed),
+        patch.object(engine_lanes, "load_rows_of", load_if_allowed),
+    ):
         yield

@@ -3,11 +3,12 @@
 One program per set does it all: a cell may be given away only when it is known that no chosen token is in it,
 and several programs would have to wait for each other twice.
 
-Given away are the cells that were wanted least recently, of a window of as many cells as tokens are chosen.
-The window moves on by its own length every step. It always holds enough: of n chosen tokens those that are
-there are in at most n - missing of its n cells. Looking for the least recently wanted of all cells, as the
-plain row cache does, means reading 16 times as many ages; on the steps of the bundled model it finds 0.919 of
-the tokens, and a window 0.916.
+Where every token has a cell of its own there is nothing to give away, and once all rows of a layer are on the
+device, nothing to look up. Where tokens take turns, the cells that were wanted least recently are given away,
+of a window of as many cells as tokens are chosen. The window moves on by its own length every step. It always
+holds enough: of n chosen tokens those that are there are in at most n - missing of its n cells. Looking for
+the least recently wanted of all cells, as the plain row cache does, means reading 16 times as many ages; on
+the steps of the bundled model it finds 0.919 of the tokens, and a window 0.916.
 
 Bytes moved per set: 20 * K for K chosen tokens, and 24 for each that is missing.
 """
@@ -24,8 +25,8 @@ from aquifer.kernels.triton.lanes import (
     CHOSEN,
     FIELDS,
     LAST_USED,
+    LOADED,
     MISSING,
-    PAGE,
     ROW_CELLS,
     ROW_PAGES,
     STEP,
@@ -35,6 +36,7 @@ from aquifer.kernels.triton.lanes import (
     WANTED,
     memory,
     number,
+    pool_cell,
 )
 from aquifer.kernels.triton.select import take
 
@@ -66,16 +68,6 @@ def _book(lanes: tl.tensor, FIELD: tl.constexpr, layer: tl.tensor, stride: tl.te
 
 
 @triton.jit
-def _pooled(
-    row_pages: tl.tensor, cell: tl.tensor, there: tl.tensor, SINKS: tl.constexpr, PER_SLOT: tl.constexpr
-) -> tl.tensor:
-    """Cells of the pool for cells of a request, which begin behind its sinks."""
-    cell += SINKS * PER_SLOT
-    page = tl.load(row_pages + cell // (PAGE * PER_SLOT), mask=there, other=0)
-    return page * (PAGE * PER_SLOT) + cell % (PAGE * PER_SLOT)
-
-
-@triton.jit
 def _in_window(start: tl.tensor, place: tl.tensor, cells: tl.tensor) -> tl.tensor:
     """Cells of the window; the first of all follows the last."""
     cell = start + place
@@ -98,7 +90,8 @@ def _find(
     PER_SLOT: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """List and stamp the cells of the tokens that are there, and give the others the oldest of the window."""
+    """List and stamp the cells of the tokens that are there, and give the others the oldest of the window, or
+    their own."""
     own_set, request = tl.program_id(0), tl.program_id(1)
     count, cells = number(lanes, request, WANTED), number(lanes, request, CELLS)
     step = number(lanes, request, STEP)
@@ -107,24 +100,30 @@ def _find(
     cell_of = _book(lanes, CELL_OF, layer, number(lanes, request, TOKENS))
     token_in, last_used = _book(lanes, TOKEN_IN, layer, cells), _book(lanes, LAST_USED, layer, cells)
     row_pages = memory(lanes, request, ROW_PAGES, tl.int32)
+    turns = cells > 0
+    looked_up = tl.where(turns | (layer >= number(lanes, request, LOADED)), count, 0)
     missed = 0
-    for at in range(0, count, BLOCK):
+    for at in range(0, looked_up, BLOCK):
         place = at + tl.arange(0, BLOCK)
         token = tl.load(chosen + place, mask=place < count, other=0)
         cell = tl.load(cell_of + token, mask=place < count, other=0)
-        there = (place < count) & (cell >= 0)
+        there = (place < count) & (cell >= 0) & turns
         tl.store(last_used + cell, step, mask=there)
-        tl.store(row_cells + place, _pooled(row_pages, cell, there, SINKS, PER_SLOT), mask=there)
+        tl.store(row_cells + place, pool_cell(row_pages, cell, there, SINKS, PER_SLOT), mask=there)
         gone = (cell < 0).to(tl.int32)
         nth = missed + tl.cumsum(gone, 0) - 1
         tl.store(missing + nth, token, mask=gone == 1)
-        tl.store(targets + nth, place, mask=gone == 1)  # until it is known where the row goes
+        comes_home = (gone == 1) & (cells == 0)
+        tl.store(cell_of + token, token - SINKS, mask=comes_home)
+        home = pool_cell(row_pages, token - SINKS, comes_home, SINKS, PER_SLOT)
+        # Where tokens take turns: its place, until it is known where the row goes.
+        tl.store(targets + nth, tl.where(turns, place, home), mask=gone == 1)
         missed += tl.sum(gone, 0)
     tl.store(num_missing + request * tl.num_programs(0) + own_set, missed)
     if count > 0:
         tl.atomic_add(counters, tl.cast(count, tl.int64), sem="relaxed")
         tl.atomic_add(counters + 1, tl.cast(missed, tl.int64), sem="relaxed")
-    if missed > 0:
+    if (missed > 0) & turns:
         tl.debug_barrier()  # all stamps are seen, whichever thread they are of
         start = step % tl.cdiv(cells, count) * count
         ages = tl.zeros([256], dtype=tl.int32)
@@ -152,7 +151,7 @@ def _find(
             tl.store(cell_of + token, cell, mask=given)
             tl.store(token_in + cell, token, mask=given)
             tl.store(last_used + cell, step, mask=given)
-            pooled = _pooled(row_pages, cell, given, SINKS, PER_SLOT)
+            pooled = pool_cell(row_pages, cell, given, SINKS, PER_SLOT)
             tl.store(targets + nth, pooled, mask=given)
             tl.store(row_cells + listed, pooled, mask=given)
             older_before += tl.sum(older, 0)
@@ -161,7 +160,7 @@ def _find(
 
 def find_rows(lanes: Tensor, layer: int, sets: int, counters: Tensor, *, sinks: int, per_slot: int) -> Tensor:
     """Give every chosen token of one layer a cell: the one its row is in, or else that of a row that was not
-    wanted for long; see above.
+    wanted for long, or its own; see above.
 
     lanes: int64 [B, fields]; reads chosen, keeps cell_of, token_in and last_used, and writes row_cells and
         what is to be fetched: missing and targets. A request that chooses other tokens is in a later step.

@@ -10,6 +10,9 @@ or one for all. Fetched rows stay as they were packed: the row of a token and he
 codes among the pool's keys and its value's codes among the values. A slot of the pool has room for several
 cells. The cells of a request are numbered from 0, behind the sinks in its row pages; for the others those of
 the whole pool.
+
+A request has fewer cells than tokens, which take turns in them, or a cell for every token: its own, behind
+that of the token before.
 """
 
 from collections.abc import Sequence
@@ -29,7 +32,9 @@ class LaneRow(NamedTuple):
     wanted: int
     """Tokens to choose per set, at most those that may be chosen."""
     cells: int
-    """For fetched rows, at least `wanted`."""
+    """In which tokens take turns, at least `wanted`; 0: every token has its own."""
+    loaded: int
+    """Layers of which all rows are on the device, from the first on; where every token has its own cell."""
     step: int
     """Number of the step, from 1."""
     tail: int
@@ -53,9 +58,9 @@ class LaneRow(NamedTuple):
     targets_at: int
     """int32 [S, wanted]: cells of the pool where those rows go."""
     row_cells_at: int
-    """int32 [S, wanted]: cells of the pool where the rows of the chosen tokens are."""
+    """int32 [S, wanted]: cells of the pool where the rows of the chosen tokens are, if tokens take turns."""
     cell_of_at: int
-    """int32 [L, S, tokens]: cell of a token's row, or -1."""
+    """int32 [L, S, tokens]: cell of a token's row; -1: it is not on the device."""
     token_in_at: int
     """int32 [L, S, cells]: token whose row lies in a cell, or -1."""
     last_used_at: int
@@ -113,11 +118,11 @@ class Lane:
             self.token_in,
             self.last_used,
         )
-        self._row = LaneRow(tokens, wanted, cells, 0, 0, *(tensor.data_ptr() for tensor in memory))
+        self._row = LaneRow(tokens, wanted, cells, 0, 0, 0, *(tensor.data_ptr() for tensor in memory))
 
-    def row(self, step: int, tail: int) -> LaneRow:
+    def row(self, step: int, tail: int, loaded: int = 0) -> LaneRow:
         """What the table says of this request in one step; see LaneRow."""
-        return self._row._replace(step=step, tail=tail)
+        return self._row._replace(step=step, tail=tail, loaded=loaded)
 
     @property
     def nbytes(self) -> int:
@@ -128,10 +133,10 @@ class Lane:
 
 PAGE = tl.constexpr(256)
 FIELDS = tl.constexpr(len(LaneRow._fields))
-TOKENS, WANTED, CELLS, STEP, TAIL = (tl.constexpr(number) for number in range(5))
-INDEX_PAGES, TAIL_PAGES, ROW_PAGES = (tl.constexpr(number) for number in range(5, 8))
-SCORES, KEYS, CHOSEN, MISSING, TARGETS, ROW_CELLS = (tl.constexpr(number) for number in range(8, 14))
-CELL_OF, TOKEN_IN, LAST_USED = (tl.constexpr(number) for number in range(14, 17))
+TOKENS, WANTED, CELLS, LOADED, STEP, TAIL = (tl.constexpr(number) for number in range(6))
+INDEX_PAGES, TAIL_PAGES, ROW_PAGES = (tl.constexpr(number) for number in range(6, 9))
+SCORES, KEYS, CHOSEN, MISSING, TARGETS, ROW_CELLS = (tl.constexpr(number) for number in range(9, 15))
+CELL_OF, TOKEN_IN, LAST_USED = (tl.constexpr(number) for number in range(15, 18))
 
 
 @triton.jit
@@ -147,3 +152,13 @@ def number(lanes: tl.tensor, request: tl.tensor, FIELD: tl.constexpr) -> tl.tens
 def memory(lanes: tl.tensor, request: tl.tensor, FIELD: tl.constexpr, ELEMENT: tl.constexpr) -> tl.tensor:
     """A pointer to elements of a request, which begin where torch's memory does."""
     return tl.multiple_of(tl.load(lanes + request * FIELDS + FIELD).to(tl.pointer_type(ELEMENT)), 16)
+
+
+@triton.jit
+def pool_cell(
+    row_pages: tl.tensor, cell: tl.tensor, there: tl.tensor, SINKS: tl.constexpr, PER_SLOT: tl.constexpr
+) -> tl.tensor:
+    """Cells of the pool for cells of a request, which begin behind its sinks."""
+    cell += SINKS * PER_SLOT
+    page = tl.load(row_pages + cell // (PAGE * PER_SLOT), mask=there, other=0)
+    return page * (PAGE * PER_SLOT) + cell % (PAGE * PER_SLOT)

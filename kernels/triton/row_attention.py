@@ -19,6 +19,7 @@ from aquifer.kernels.triton.attention import LN_2, MAX_SPLITS, join_splits, keep
 from aquifer.kernels.triton.checks import FLOATS, expect, expect_pool, expect_power_of_two
 from aquifer.kernels.triton.hadamard import LEAST, turn_group
 from aquifer.kernels.triton.lanes import (
+    CELLS,
     CHOSEN,
     FIELDS,
     INDEX_PAGES,
@@ -30,6 +31,7 @@ from aquifer.kernels.triton.lanes import (
     WANTED,
     memory,
     number,
+    pool_cell,
 )
 
 PROGRAMS = 1056
@@ -69,6 +71,7 @@ def _attend_rows(
     LEFT: tl.constexpr,
     SHARED: tl.constexpr,
     SINKS: tl.constexpr,
+    PER_SLOT: tl.constexpr,
     EXACT: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -89,12 +92,12 @@ def _attend_rows(
     out = tl.zeros([ROWS, HEAD_DIM], dtype=tl.float32)
     keys += head.to(tl.int64) * head_stride
     values += head.to(tl.int64) * head_stride
-    sink_page = memory(lanes, request, ROW_PAGES, tl.int32)
+    row_pages = memory(lanes, request, ROW_PAGES, tl.int32)
     tail_pages = memory(lanes, request, TAIL_PAGES, tl.int32)
     for block in range(split, near_blocks, splits):
         place = block * BLOCK + tl.arange(0, BLOCK)
         valid, token = place < near, place - SINKS
-        page = tl.load(tl.where(token < 0, sink_page, tail_pages + token // PAGE), mask=valid, other=0)
+        page = tl.load(tl.where(token < 0, row_pages, tail_pages + token // PAGE), mask=valid, other=0)
         slot = page.to(tl.int64) * PAGE + tl.where(token < 0, place, token % PAGE)
         at = slot[:, None] * HEAD_DIM + channel[None, :]
         k = tl.load(keys + at, mask=valid[:, None], other=0.0)
@@ -122,13 +125,16 @@ def _attend_rows(
         own_set = 0 if SHARED else head
         chosen = memory(lanes, request, CHOSEN, tl.int32) + own_set * count
         cells = memory(lanes, request, ROW_CELLS, tl.int32) + own_set * count
+        turns = number(lanes, request, CELLS) > 0
         index_pages = memory(lanes, request, INDEX_PAGES, tl.int32)
         key_codes, value_codes = keys.to(tl.pointer_type(tl.uint8)), values.to(tl.pointer_type(tl.uint8))
         for block in range(first - near_blocks, row_blocks, splits):
             place = block * BLOCK + tl.arange(0, BLOCK)
             valid = place < count
             token = tl.load(chosen + place, mask=valid, other=0)
-            cell = tl.load(cells + place, mask=valid, other=0).to(tl.int64)
+            listed = tl.load(cells + place, mask=valid & turns, other=0)
+            own = pool_cell(row_pages, token - SINKS, valid & (turns == 0), SINKS, PER_SLOT)
+            cell = tl.where(turns, listed, own).to(tl.int64)
             index_slot = tl.load(index_pages + token // PAGE).to(tl.int64) * PAGE + token % PAGE
             both = tl.load(scales + index_slot * heads + head, mask=valid, other=0)
             key_scale = both.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
@@ -242,6 +248,7 @@ def attend_rows(
         LEFT=head_dim // LEAST,
         SHARED=sets == 1,
         SINKS=sinks,
+        PER_SLOT=2 * q.element_size(),  # codes have 4 bits
         EXACT=exact,
         BLOCK=block_tokens,
         num_warps=8 if exact else 4,

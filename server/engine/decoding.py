@@ -37,6 +37,9 @@ class Decoding(Protocol):
     def take(self, result: StepResult) -> list[Choice]:
         """The tokens that the step has settled, maybe none."""
 
+    def release(self) -> None:
+        """Let its caches go."""
+
 
 class OneByOne:
     """Each step attends to one cache and gives one token."""
@@ -58,6 +61,9 @@ class OneByOne:
         if isinstance(result, Tensor):
             return [self._sampler.choose(result[0])]
         return _each(result)
+
+    def release(self) -> None:
+        self._cache.release()
 
 
 class Verified:
@@ -117,6 +123,10 @@ class Verified:
         self._metrics.draft_tokens.labels(result="rejected").inc(drafted - accepted)
         self._tokens, self._proposals = [], []
         return choices
+
+    def release(self) -> None:
+        self._cheap.release()
+        self._exact.release()
 
     def _draft(self, result: StepResult) -> None:
         if isinstance(result, Tensor):

@@ -58,13 +58,13 @@ class Queue:
 
 class Queues:
     """copies: of bytes from host memory, and reading them; chain: from layer to layer; emits: keys and
-    values."""
+    values; rows: of selective decoding, which nothing waits for."""
 
     def __init__(self, device: torch.device, priority: int = 0) -> None:
         self._device = device
         # Work of the small kernels is needed first: a GEMM's tiles would keep them waiting.
         self.copies, self.emits = Queue(device, priority - 1), Queue(device, priority - 1)
-        self.chain = Queue(device, priority)
+        self.chain, self.rows = Queue(device, priority), Queue(device, priority)
 
     def callers(self) -> torch.cuda.Event:
         """What happens when all of the caller's work up to now is done."""

@@ -20,6 +20,7 @@ import torch
 
 from aquifer.cachestore.keys import PromptKeys, chain_keys, make_namespace, pack_ids
 from aquifer.server.engine.admission import Admission
+from aquifer.server.engine.host_memory import until_idle
 from aquifer.server.engine.loop import StepLoop
 from aquifer.server.engine.parts import EngineParts
 from aquifer.server.engine.records import prompt_usage
@@ -172,7 +173,7 @@ class Engine:
             self._serve()
             return
         torch.cuda.set_device(device)  # of this thread: kernels start there
-        torch.cuda.synchronize(device)  # what was built so far was built on another stream
+        until_idle(device)  # what was built so far was built on another stream
         # Ahead of the writer's, which gets what is left of the device between kernels.
         with torch.cuda.stream(torch.cuda.Stream(device, priority=-1)):
             self._serve()

@@ -7,7 +7,6 @@ steps fill the graph's inputs and replay it: one launch in place of hundreds.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Protocol
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from aquifer.compression.spec import SEGMENT_TOKENS
 from aquifer.kernels.backend import Backend
+from aquifer.server.engine.host_memory import recording
 from aquifer.server.engine.pages import PagePool, pages_of
 from aquifer.server.engine.parts import EngineParts
 from aquifer.server.engine.runner import FastStep, PagedCache, Rows, rotating_into
@@ -30,9 +30,6 @@ log = structlog.get_logger(__name__)
 GraphMemory = Any  # torch names its type privately
 """Memory that graphs share: one is replayed at a time, and none keeps anything there."""
 
-
-_one_recording = threading.Lock()
-"""A process records one graph at a time, whichever engine wants it."""
 
 RECORDING_PRIORITY = -2
 """Of streams on which graphs are recorded, and no others. torch hands out 32 streams per priority and begins
@@ -219,7 +216,7 @@ def record_graph(launch: Callable[[], None], memory: GraphMemory) -> tuple[torch
     """
     graph = torch.cuda.CUDAGraph()
     current, side = torch.cuda.current_stream(), _recording_stream(torch.cuda.current_device())
-    with _one_recording:
+    with recording:
         side.wait_stream(current)
         with torch.cuda.stream(side):
             launch()

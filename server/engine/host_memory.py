@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 
 import structlog
@@ -9,6 +10,10 @@ import torch
 from torch import Tensor
 
 log = structlog.get_logger(__name__)
+
+recording = threading.Lock()
+"""Held while a graph is recorded: a process records one at a time, whichever engine wants it. Meanwhile no
+thread waits for the whole device: CUDA would refuse, and the recording would fail, too."""
 
 
 def page_lock(memory: Tensor) -> Callable[[], None]:
@@ -47,7 +52,8 @@ def until_idle(device: torch.device) -> None:
     if device.type != "cuda":
         return
     try:
-        torch.cuda.synchronize(device)
+        with recording:
+            torch.cuda.synchronize(device)
     except RuntimeError as error:  # it does nothing any more, then
         log.error("the device failed", exc_info=error)
 
@@ -59,7 +65,7 @@ def lock_for(device: torch.device, memories: Sequence[Tensor]) -> Callable[[], N
 
     def undo() -> None:
         if unlocks:
-            torch.cuda.synchronize(device)  # nothing may be reading it any more
+            until_idle(device)  # nothing may be reading it any more
         for unlock in unlocks:
             unlock()
 

@@ -60,10 +60,11 @@ class IndexPool(PageAllocator):
         """Bytes that travel when the row of one token and head is fetched."""
         return _row_parts(self.codec)[0]
 
-    def write(self, layer: int, runs: Sequence[tuple[int, int]], keys: Tensor, values: Tensor) -> None:
+    def write(self, layer: int, runs: Sequence[tuple[int, int]], keys: Tensor, values: Tensor) -> Tensor:
         """Encode one layer of some tokens into the slots of `runs`.
 
-        keys (after RoPE), values: [H, T, D], T = total length of the runs.
+        keys (after RoPE), values: [H, T, D], T = total length of the runs. Returns the rows as they go to the
+        host, uint8 [T, H * row bytes] on the device.
         """
         encoded = self.codec.encode(layer, keys.transpose(0, 1), values.transpose(0, 1))
         codes, scales = encoded.rows.split(_row_parts(self.codec), dim=2)
@@ -77,6 +78,7 @@ class IndexPool(PageAllocator):
             # From a device into page-locked memory, in the order of what else runs there.
             self.rows[layer, first:last].copy_(rows[part], non_blocking=True)
             done += last - first
+        return rows
 
     def read_codes(self, layer: int, slots: Tensor, heads: Tensor) -> tuple[Tensor, Tensor]:
         """Codes of keys and of values from host memory, uint8 [N, bytes] each, on the device. slots, heads:

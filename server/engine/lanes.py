@@ -1,12 +1,15 @@
 """Selective decoding in recorded steps: landmarks choose, rows are fetched, attention reads a list of slots.
 
 The same method as selective.py, kernel by kernel on the device: nothing comes back to the host within a step,
-and nothing it starts depends on how long a request is. Imports Triton, so only where it runs.
+and nothing it starts depends on how long a request is. Requests that have room for all rows of their document
+get them beside the first steps, so that later ones fetch nothing. Imports Triton, so only where it runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -16,12 +19,49 @@ from aquifer.kernels.triton.cells import find_rows
 from aquifer.kernels.triton.landmarks import score_landmarks
 from aquifer.kernels.triton.lanes import FIELDS, NOBODY, Lane, LaneRow
 from aquifer.kernels.triton.row_attention import attend_rows
-from aquifer.kernels.triton.rows import fetch_rows
+from aquifer.kernels.triton.rows import fetch_rows, load_rows
 from aquifer.kernels.triton.select import select_tokens
+from aquifer.server.engine.device_streams import queues_of
 from aquifer.server.engine.pages import BlockTable
 from aquifer.server.engine.parts import EngineParts
 from aquifer.server.engine.runner import CachePass, Rows
 from aquifer.server.engine.selective import Selection
+
+LAYERS_ON_THE_WAY = 8
+"""Whose rows are being loaded at a time. Those of 131,072 tokens take about 3 ms, and a request that ends
+waits for its own."""
+
+
+class OwnCells:
+    """Cells of one request, which has one for every token behind the sinks."""
+
+    def __init__(self, parts: EngineParts, row_pages: Sequence[int]) -> None:
+        """row_pages: see SelectiveCache."""
+        self._pool = parts.pool
+        self._row_pages = torch.tensor(row_pages, dtype=torch.int32, device=parts.pool.keys.device)
+
+    def filling(self, spans: Sequence[tuple[int, int]]) -> Callable[[int, Tensor], None]:
+        """What fills the cells of some segments, given a layer and its rows.
+
+        spans: first token and number of tokens of each segment, in the order of the rows, side by side. One
+        begins at a segment's first token, or behind the sinks."""
+        segments = [divmod(start, SEGMENT_TOKENS) for start, _ in spans]
+        ends = accumulate(count for _, count in spans)
+        places = zip(ends, spans, segments, strict=True)
+        starts = [end - count - skipped for end, (_, count), (_, skipped) in places]
+        return self.filling_from(starts, [number for number, _ in segments])
+
+    def filling_from(self, starts: Sequence[int], segments: Sequence[int]) -> Callable[[int, Tensor], None]:
+        """The same for segments whose rows begin anywhere."""
+        device = self._pool.keys.device
+        whence = torch.tensor(starts, dtype=torch.int64, device=device)
+        which = torch.tensor(segments, dtype=torch.int32, device=device)
+
+        def fill(layer: int, rows: Tensor) -> None:
+            kv = self._pool.keys[layer], self._pool.values[layer]
+            load_rows(which, whence, self._row_pages, rows, *kv, sinks=SINK_TOKENS)
+
+        return fill
 
 
 class LaneCache:
@@ -34,11 +74,14 @@ class LaneCache:
         index_pages: Sequence[int],
         row_pages: Sequence[int],
         selection: Selection,
+        *,
+        filled: bool = False,
     ) -> None:
-        """See SelectiveCache."""
+        """See SelectiveCache. filled: all rows are in cells of their own."""
         spec = parts.adapter.spec
-        self._table = table
+        self._parts, self._table = parts, table
         self._tail_from = len(index_pages) * SEGMENT_TOKENS
+        every_token = selection.keeps_all(len(index_pages))
         tail_pages = table.pages[len(index_pages) :]
         self._lane = Lane(
             index_pages,
@@ -48,10 +91,18 @@ class LaneCache:
             sets=1 if selection.shared else spec.num_kv_heads,
             num_q_heads=parts.adapter.num_q_heads,
             wanted=selection.count,
-            cells=selection.cached,
+            cells=0 if every_token else selection.cached,
             device=parts.pool.keys.device,
         )
         self._step = 0
+        slots = [page * SEGMENT_TOKENS for page in index_pages]
+        self._fill = OwnCells(parts, row_pages).filling_from(slots, range(len(slots)))
+        self._loaded = spec.num_layers if filled else 0
+        """Layers of which all rows are in cells of their own."""
+        self._layers = spec.num_layers if every_token else 0
+        """Of which they can be."""
+        self._loads: deque[torch.cuda.Event] = deque()
+        """When those of the next ones are."""
 
     @property
     def held_bytes(self) -> int:
@@ -68,7 +119,35 @@ class LaneCache:
         self._step += 1
         slot = self._table.slot(position)
         assert slot is not None  # the tail has pages
-        return self._lane.row(self._step, position + 1 - self._tail_from), slot
+        return self._lane.row(self._step, position + 1 - self._tail_from, self._loaded), slot
+
+    def layers_on_the_way(self) -> int:
+        """Whose rows are being loaded now."""
+        while self._loads and self._loads[0].query():
+            self._loads.popleft()
+            self._loaded += 1
+        return len(self._loads)
+
+    def load_layer(self) -> bool:
+        """Begin to load the rows of the next layer. False: there is none, or no room for all rows.
+
+        Steps go on meanwhile: what they fetch themselves are the same bytes in the same places."""
+        layer = self._loaded + len(self._loads)
+        if layer == self._layers:
+            return False
+        index, queues = self._parts.index, queues_of(self._parts.pool.keys.device)
+        queues.rows.after(queues.callers())  # who makes the rows, and may have had the pages
+        with queues.rows.here():
+            self._fill(layer, index.rows[layer])
+        self._loads.append(queues.rows.mark())
+        num_bytes = self._tail_from * self._parts.adapter.spec.num_kv_heads * index.row_bytes
+        self._parts.metrics.fetched_bytes.labels(mode="selective").inc(num_bytes)
+        return True
+
+    def release(self) -> None:
+        """See SequenceCache: what is queued from now on comes after what is being loaded."""
+        if self._loads:
+            queues_of(self._parts.pool.keys.device).let_caller_wait(self._loads[-1])
 
 
 class SelectiveLanes:
@@ -98,6 +177,7 @@ class SelectiveLanes:
 
     def prepare(self, rows: Sequence[Rows], bucket: int) -> Sequence[int]:
         caches = [row.cache for row in rows if isinstance(row.cache, LaneCache)]
+        load_rows_of(caches)
         steps = [cache.next_step(row.start) for cache, row in zip(caches, rows, strict=True)]
         told = [lane for lane, _ in steps] + [NOBODY] * (bucket - len(steps))
         self._host.numpy()[:bucket] = told
@@ -123,3 +203,11 @@ class SelectiveLanes:
         self._metrics.selected_tokens.inc(chosen * self._rows_each)
         self._metrics.selected_hits.inc((chosen - fetched) * self._rows_each)
         self._fetched_bytes.inc(fetched * self._rows_each * self._index.row_bytes)
+
+
+def load_rows_of(caches: Sequence[LaneCache]) -> None:
+    """Keep layers of rows on their way, of the first request that has some to load."""
+    on_the_way = sum(cache.layers_on_the_way() for cache in caches)
+    for cache in caches:
+        while on_the_way < LAYERS_ON_THE_WAY and cache.load_layer():
+            on_the_way += 1

@@ -26,7 +26,7 @@ from aquifer.server.engine.reading import Claims, PromptReader
 from aquifer.server.engine.records import prompt_usage
 from aquifer.server.engine.runner import ModelRunner, PagedCache
 from aquifer.server.engine.sampling import Choice
-from aquifer.server.engine.selective import fill_sinks, selective_cache
+from aquifer.server.engine.selective import cells_to_fill, fill_sinks, selective_cache
 from aquifer.server.engine.state import Phase, RequestState
 from aquifer.server.engine.streams import SegmentReader
 from aquifer.server.engine.types import FailedEvent, FinishReason
@@ -155,6 +155,8 @@ class StepLoop:
                 break
             self._waiting.remove(state)
             state.admitted(room, PagedCache(self._parts.pool, room.table, self._reader))
+            pages = room.index_pages, room.unindexed, room.row_pages
+            state.cells = cells_to_fill(self._parts, state.plan.selection, *pages)
             self._fetch(state)
 
     def _refuse(self, state: RequestState, lacking: str) -> None:
@@ -233,7 +235,8 @@ class StepLoop:
         if plan.selection is None:
             state.decoding = OneByOne(cache, state.sampler)
         else:
-            rows = selective_cache(parts, cache.table, room.index_pages, room.row_pages, plan.selection)
+            pages, filled = (room.index_pages, room.row_pages), state.cells is not None
+            rows = selective_cache(parts, cache.table, *pages, plan.selection, filled=filled)
             fill_sinks(parts.pool, room.row_pages, cache, self._reader)
             if plan.mode == "verified":
                 state.decoding = Verified(rows, cache, state.sampler, parts.eos_token_ids, self._metrics)
@@ -325,6 +328,8 @@ class StepLoop:
         state.restores.clear()
         self._claims.drop_all(state)
         if running:
+            if state.decoding is not None:
+                state.decoding.release()
             state.cache.release()
             self._admission.release(state.room)
 

@@ -162,7 +162,7 @@ class PromptReader:
         """Make some segments of the document selectable."""
         index, pages = self._parts.index, state.room.index_pages
         group = [state.unindexed.popleft() for _ in range(min(GROUP_SEGMENTS, len(state.unindexed)))]
-        build_index(index, pages, group, state.cache, self._reader)
+        build_index(index, pages, group, state.cache, self._reader, state.cells)
         for number in group:
             index.register(pages[number], state.keys.segments[number])
         self._claims.drop(state, group)

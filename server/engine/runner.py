@@ -59,6 +59,9 @@ class SequenceCache(Protocol):
     def open(self, start: int, count: int) -> CachePass:
         """Begin a pass of `count` new tokens at positions start, start+1, ..."""
 
+    def release(self) -> None:
+        """Let go of everything, so that its pages may go to others; no pass may be opened after that."""
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -284,7 +287,7 @@ class PagedCache:
         return self._prepared[1]
 
     def release(self) -> None:
-        """End the leases of the stored segments; no pass may be opened after that."""
+        """End the leases of the stored segments; see SequenceCache."""
         if self.host:
             until_read(self._pool.keys.device)
         for segment in self.host.values():

@@ -27,7 +27,7 @@ from aquifer.server.engine.runner import CachePass, PagedCache, attend_run
 from aquifer.server.engine.streams import SegmentReader
 
 if TYPE_CHECKING:
-    from aquifer.server.engine.lanes import LaneCache
+    from aquifer.server.engine.lanes import LaneCache, OwnCells
 
 MIN_SELECTED = 64
 """Tokens selected at least. The tail of a prompt is up to 256 tokens long and counts in the budget; without a
@@ -64,6 +64,10 @@ class Selection:
         share = (share_pages * SEGMENT_TOKENS - SINK_TOKENS) * rows_per_slot
         cached = min(indexed_tokens(prompt_tokens), max(ROW_CACHE_STEPS * count, share))
         return cls(count, cached, pages_of(SINK_TOKENS + -(-cached // rows_per_slot)), shared)
+
+    def keeps_all(self, segments: int) -> bool:
+        """Whether every token of so many stored segments that may be chosen has a cell of its own."""
+        return self.cached == segments * SEGMENT_TOKENS - SINK_TOKENS
 
 
 def indexed_tokens(prompt_tokens: int) -> int:
@@ -207,6 +211,9 @@ class SelectiveCache:
         tail = self._table.runs([(first, start + 1 - first)])
         return _SelectivePass(self, tail, self._table.slot(start))
 
+    def release(self) -> None:
+        """Nothing is under way between passes."""
+
     def attend_selected(self, layer: int, q: Tensor) -> tuple[Tensor, Tensor]:
         """Attend to the sinks and to the tokens that q [Hq, 1, D] selects; returns what `attend` does."""
         index = self._index
@@ -254,40 +261,72 @@ def selects_on_device(parts: EngineParts) -> bool:
     return parts.index.num_pages > 0 and parts.index.rows.is_pinned()
 
 
+def cells_to_fill(
+    parts: EngineParts,
+    selection: Selection | None,
+    index_pages: Sequence[int],
+    unindexed: Sequence[int],
+    row_pages: Sequence[int],
+) -> OwnCells | None:
+    """Where a request's rows go as they are made, if all are made for it and each has a cell of its own.
+
+    unindexed: of its stored segments, those that the index does not have when it starts. Others: see
+    SelectiveCache."""
+    made = len(unindexed) == len(index_pages)
+    if selection is None or not made or not selection.keeps_all(len(index_pages)):
+        return None
+    if not selects_on_device(parts):
+        return None
+    from aquifer.server.engine.lanes import OwnCells  # Triton is optional
+
+    return OwnCells(parts, row_pages)
+
+
 def selective_cache(
     parts: EngineParts,
     table: BlockTable,
     index_pages: Sequence[int],
     row_pages: Sequence[int],
     selection: Selection,
+    *,
+    filled: bool,
 ) -> SelectiveCache | LaneCache:
-    """See SelectiveCache, which it is unless recorded steps can serve the request."""
+    """See SelectiveCache, which it is unless recorded steps can serve the request. filled: all rows are in
+    their cells; see `cells_to_fill`."""
     if not selects_on_device(parts):
         return SelectiveCache(parts, table, index_pages, row_pages, selection)
     from aquifer.server.engine.lanes import LaneCache  # Triton is optional
 
-    return LaneCache(parts, table, index_pages, row_pages, selection)
+    return LaneCache(parts, table, index_pages, row_pages, selection, filled=filled)
 
 
 def build_index(
-    index: IndexPool, pages: Sequence[int], numbers: Sequence[int], cache: PagedCache, reader: SegmentReader
+    index: IndexPool,
+    pages: Sequence[int],
+    numbers: Sequence[int],
+    cache: PagedCache,
+    reader: SegmentReader,
+    cells: OwnCells | None = None,
 ) -> None:
     """Encode some segments for selection: from their pages where they have some, else from the store.
 
-    pages: of the index, one per stored segment. numbers: of the segments to encode, ascending.
+    pages: of the index, one per stored segment. numbers: of the segments to encode, ascending. cells: where
+    their rows go besides.
     """
     target, layers = BlockTable(pages), range(index.codec.spec.num_layers)
     paged = [number for number in numbers if cache.table.pages[number] is not None]
     spans = [(number * SEGMENT_TOKENS, SEGMENT_TOKENS) for number in paged]
     source, runs = cache.table.runs(spans), target.runs(spans)
+    fill = cells.filling(spans) if cells else _leave
     for layer in layers if paged else ():
-        index.write(layer, runs, *cache.read(layer, source))
+        fill(layer, index.write(layer, runs, *cache.read(layer, source)))
     absent = [cache.host[number] for number in numbers if number not in paged]
     if absent:
         stream = reader.source(absent).open()
         runs = target.runs(stream.spans)
+        fill = cells.filling(stream.spans) if cells else _leave
         for layer in layers:
-            index.write(layer, runs, *stream.next_layer())
+            fill(layer, index.write(layer, runs, *stream.next_layer()))
         until_read(index.codes.device)  # copies of records may go with the stream
 
 
@@ -299,6 +338,10 @@ def fill_sinks(pool: PagePool, row_pages: Sequence[int], cache: PagedCache, read
         pool.write(layer, sinks, *(stream.next_layer() if stream else cache.read(layer, source)))
     if stream:
         until_read(pool.keys.device)
+
+
+def _leave(layer: int, rows: Tensor) -> None:
+    """Rows that go nowhere else."""
 
 
 def _flat(runs: Sequence[tuple[int, int]], device: torch.device) -> Tensor:

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
 from aquifer.cachestore.keys import PromptKeys
 from aquifer.compression.spec import SEGMENT_TOKENS
@@ -26,6 +27,9 @@ from aquifer.server.engine.types import (
     Sink,
     TokenEvent,
 )
+
+if TYPE_CHECKING:
+    from aquifer.server.engine.lanes import OwnCells
 
 
 class Phase(Enum):
@@ -64,6 +68,7 @@ class RequestState:
         self.restores: deque[StoredSegment] = deque()
         self.ranges: deque[tuple[int, int]] = deque()  # [start, stop) to be computed, ascending
         self.unindexed: deque[int] = deque()  # segments that selective decoding cannot find yet
+        self.cells: OwnCells | None = None  # for their rows, if they all go there
         self.missing: list[int] = []  # reusable segments that are not on the device
         self.known: set[int] = set()  # segments that some tier holds already
         self.read = False  # whether all of the prompt stands

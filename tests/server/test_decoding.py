@@ -30,6 +30,8 @@ class Place:
     def open(self, start: int, count: int) -> CachePass:
         raise AssertionError("no pass is run here")
 
+    def release(self) -> None: ...
+
 
 def models(sharpness: float) -> tuple[Tensor, Tensor]:
     """Logits [V, V] of the next token after each token: of the exact and of the drafting model."""

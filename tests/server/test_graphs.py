@@ -1,19 +1,24 @@
 """Recorded decode steps answer like plain ones. On a CPU the same step is computed instead of replayed."""
 
 import copy
+import itertools
 import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
-from tiny_models import DEVICE, FAMILIES, SHAPE, tiny_model
+from asking import answer, ask, prompt
+from tiny_models import DEVICE, FAMILIES, SHAPE, build, greedy_reference, tiny_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from aquifer.kernels.backend import PLAIN, backend_for
 from aquifer.server.engine.graphed_chunks import GraphedChunks
-from aquifer.server.engine.graphs import GraphedStep, PagedLanes, Recordings, bucket_of
+from aquifer.server.engine.graphs import GraphedStep, PagedLanes, Recordings, bucket_of, record_graph
 from aquifer.server.engine.pages import BlockTable, PagePool
 from aquifer.server.engine.runner import ModelRunner, PagedCache, Rows
 from aquifer.server.engine.sampling import Choice, Sampler
@@ -223,3 +228,29 @@ def test_of_equal_logits_the_first_token_is_taken() -> None:
 )
 def test_buckets_waste_little_and_never_exceed_the_limit(rows: int, bucket: int) -> None:
     assert bucket_of(rows, most=36) == bucket
+
+
+@pytest.mark.skipif(not ON_GPU, reason="graphs are recorded on a CUDA device")
+def test_engines_start_answer_and_end_while_another_thread_records() -> None:
+    recording, numbers = threading.Event(), torch.zeros(4, device=DEVICE)
+    launches = itertools.count()
+
+    def launch() -> None:
+        numbers.add_(1)
+        if next(launches):  # the first one compiles only
+            recording.set()
+            time.sleep(1.0)
+        numbers.add_(1)
+
+    with ThreadPoolExecutor(1) as other:
+        recorded = other.submit(record_graph, launch, torch.cuda.graph_pool_handle())
+        assert recording.wait(30)
+        model = tiny_model("llama", num_hidden_layers=2, head_dim=64)
+        engine = build(model)
+        ids = prompt(1, 300)
+        assert answer(engine, ask(ids, 4))[0] == greedy_reference(model, ids, 4)
+        engine.close()
+        graph, _ = recorded.result()
+    numbers.zero_()
+    graph.replay()
+    assert numbers.tolist() == [2.0] * 4

@@ -1,6 +1,7 @@
 """Selective and verified decoding by recorded steps, in a whole engine on a GPU."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 from asking import answer, ask, prompt, submit
@@ -31,7 +32,12 @@ def test_with_the_whole_prompt_chosen_answers_equal_those_of_plain_steps(
     assert found == expected
 
 
-def test_a_request_answers_alike_alone_and_beside_others(make_engine: MakeEngine) -> None:
+@pytest.mark.parametrize("steps", [2, selective.ROW_CACHE_STEPS])
+def test_a_request_answers_alike_alone_and_beside_others(
+    steps: int, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With rows of so many steps on the device, or all of them."""
+    monkeypatch.setattr(selective, "ROW_CACHE_STEPS", steps)
     engine = make_engine(tiny_model("llama", head_dim=64))
     requests = [(prompt(seed, length), 0.2) for seed, length in ((1, 700), (2, 1300), (3, 2000))]
     alone = [answer(engine, ask(ids, 12, mode="selective", budget=budget))[0] for ids, budget in requests]
@@ -39,6 +45,18 @@ def test_a_request_answers_alike_alone_and_beside_others(make_engine: MakeEngine
     for one, expected in zip(events, alone, strict=True):
         one.wait()
         assert one.tokens == expected
+
+
+def test_rows_that_come_beside_the_steps_are_those_that_steps_fetch(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from aquifer.server.engine import lanes  # imports Triton
+
+    engine = make_engine(tiny_model("llama", head_dim=64))
+    request = partial(ask, prompt(3, 2000), 24, mode="selective", budget=0.1)
+    loaded = answer(engine, request())[0]
+    monkeypatch.setattr(lanes, "load_rows_of", lambda caches: None)
+    assert answer(engine, request())[0] == loaded
 
 
 def test_verified_answers_equal_those_of_generate(make_engine: MakeEngine) -> None:

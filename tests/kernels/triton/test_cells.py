@@ -116,6 +116,37 @@ def test_random_steps_keep_the_books_that_plain_code_keeps(
     assert set(launched) == {"_find"}
 
 
+def test_tokens_with_cells_of_their_own_are_missing_once(device: torch.device, launched: list[str]) -> None:
+    sets, per_slot, layer = 2, 4, 1
+    lane = a_lane(sets, 50, device, cells=0)
+    there: list[set[int]] = [set() for _ in range(sets)]
+    counters = torch.zeros(2, dtype=torch.int64, device=device)
+    generator = torch.Generator().manual_seed(3)
+    fetched = 0
+    for step in range(1, 6):
+        picks = [torch.randperm(200, generator=generator)[:50] for _ in range(sets)]
+        lane.chosen.copy_(SINKS + torch.stack(picks).sort().values)
+        table = torch.tensor([NOBODY, lane.row(step, 3, loaded=layer)], device=device)
+        num_missing = find_rows(table, layer, sets, counters, sinks=SINKS, per_slot=per_slot)
+        for own in range(sets):
+            chosen = lane.chosen[own].tolist()
+            missing = [token for token in chosen if token not in there[own]]
+            assert num_missing[:, own].tolist() == [0, len(missing)]
+            assert lane.missing[own, : len(missing)].tolist() == missing
+            homes = pooled(lane, [token - SINKS for token in missing], per_slot)
+            assert lane.targets[own, : len(missing)].tolist() == homes
+            there[own] |= set(chosen)
+            fetched += len(missing)
+    assert (lane.cell_of[0] == -1).all()
+    assert counters.tolist() == [5 * 2 * 50, fetched]
+    # Once all rows of the layer are loaded, none is missing, whatever was fetched.
+    lane.chosen.copy_(500 + torch.arange(50).expand(sets, -1))
+    table = torch.tensor([lane.row(6, 3, loaded=layer + 1)], device=device)
+    assert not find_rows(table, layer, sets, counters, sinks=SINKS, per_slot=per_slot).any()
+    assert counters.tolist() == [6 * 2 * 50, fetched]
+    assert set(launched) == {"_find"}
+
+
 def test_arguments_that_do_not_fit_are_refused(device: torch.device) -> None:
     lanes = torch.tensor([a_lane(1, 5, device).row(1, 1)], device=device)
     counters = torch.zeros(3, dtype=torch.int64, device=device)

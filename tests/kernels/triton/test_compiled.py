@@ -32,7 +32,7 @@ from aquifer.kernels.triton.lanes import NOBODY
 from aquifer.kernels.triton.norms import add_rms_norm, rms_norm, swiglu
 from aquifer.kernels.triton.rope import rotate_and_store
 from aquifer.kernels.triton.row_attention import attend_rows
-from aquifer.kernels.triton.rows import fetch_rows
+from aquifer.kernels.triton.rows import fetch_rows, load_rows
 from aquifer.kernels.triton.select import select_tokens
 from aquifer.kernels.triton.state_attention import attend_state
 from aquifer.server.engine import lanes as engine_lanes
@@ -130,11 +130,12 @@ def test_a_layer_of_selective_decoding_compiles(
         counters, per_slot = torch.zeros(2, dtype=torch.int64), 2 * dtype.itemsize
         missing = find_rows(lanes, layer, sets, counters, sinks=first, per_slot=per_slot)
     fetch_rows(lanes, missing, rows, pool, pool)
+    load_rows(int32(2), int32(2).long(), int32(1), rows, pool, pool, sinks=first)
     decoding = row_scales, torch.zeros(256, 2), signs, torch.zeros(HEADS, head_dim)
     attend_rows(q, pool, pool, *decoding, lanes, sets=sets, sinks=first)
     assert list(dict.fromkeys(compiled)) == [
         *("_prepare", "score_pages", "_rank", "_collect", "_decide"),
-        *("_find", "_fetch_rows", "_attend_rows", "_join_rows"),
+        *("_find", "_fetch_rows", "_load_rows", "_attend_rows", "_join_rows"),
     ]
 
 
@@ -322,6 +323,7 @@ def test_single_tokens_pages_and_splits_compile(compiled: _Compiled) -> None:
     find_rows(lanes, 1, 1, torch.zeros(2, dtype=torch.int64), sinks=1, per_slot=4)
     rows, row_scales = (torch.zeros(256, size, dtype=torch.uint8) for size in (64, 4))
     fetch_rows(lanes, int32(1, 1), rows, pool, pool, programs=1)
+    load_rows(int32(1), int32(1).long(), int32(1), rows, pool, pool, sinks=1, programs=1)
     decoding = row_scales, torch.zeros(256, 2), signs, torch.zeros(1, 64)
     attend_rows(q, pool, pool, *decoding, lanes, sets=1, sinks=1, splits=1)
     angles = torch.zeros(1, 64)
@@ -329,7 +331,7 @@ def test_single_tokens_pages_and_splits_compile(compiled: _Compiled) -> None:
     higgs_encode(torch.zeros(1, 64), load_quantizer(2, torch.device("cpu")), 64)
     assert compiled == [
         *("_attend_split", "_merge_splits", "_prepare", "score_pages", "_rank", "_collect", "_decide"),
-        *("_find", "_fetch_rows", "_attend_rows", "_join_rows"),
+        *("_find", "_fetch_rows", "_load_rows", "_attend_rows", "_join_rows"),
         *("_emit", "_encode"),
     ]
 
@@ -337,7 +339,7 @@ def test_single_tokens_pages_and_splits_compile(compiled: _Compiled) -> None:
 @pytest.mark.parametrize("layer", [0, 1, 31])
 def test_what_benchmarks_put_in_between(compiled: _Compiled, layer: int) -> None:
     lanes, missed = torch.zeros(2, len(NOBODY), dtype=torch.int64), torch.zeros(2, 32, HEADS, 4096)
-    with imposed_on_lanes(missed):
+    with imposed_on_lanes(missed, lambda: True):
         counters = torch.zeros(2, dtype=torch.int64)
         engine_lanes.find_rows(lanes, layer, HEADS, counters, sinks=4, per_slot=4)
     assert compiled == ["_impose", "_find"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import weakref
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from no_queues import NoQueues
 from torch import Tensor
 
 from aquifer.cachestore.tier import Lease
@@ -43,26 +43,7 @@ GROUPINGS = [[0, 1, 2], [2], [1, 0]]
 def queues(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """Without a device everything happens at once."""
     if device.type == "cpu":
-        monkeypatch.setattr(device_streams, "queues_of", lambda device: _NoQueues())
-
-
-class _NoQueue:
-    def here(self) -> contextlib.AbstractContextManager[object]:
-        return contextlib.nullcontext()
-
-    def after(self, *events: object) -> None: ...
-
-    def mark(self) -> None: ...
-
-    def hold(self, *tensors: Tensor) -> None: ...
-
-
-class _NoQueues:
-    copies = chain = emits = _NoQueue()
-
-    def callers(self) -> None: ...
-
-    def let_caller_wait(self, event: object) -> None: ...
+        monkeypatch.setattr(device_streams, "queues_of", lambda device: NoQueues())
 
 
 def planted_predictors(generator: torch.Generator) -> Predictors:
@@ -293,7 +274,7 @@ def recording(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Callable
     if device.type == "cpu":
         monkeypatch.setattr(FusedAquaCodec, "_decode_offsets", offsets)
         monkeypatch.setattr(recorded_restore, "record_graph", record_graph)
-        monkeypatch.setattr(recorded_restore, "Queues", lambda *_: _NoQueues())
+        monkeypatch.setattr(recorded_restore, "Queues", lambda *_: NoQueues())
         monkeypatch.setattr(torch.cuda, "Stream", lambda *_: None)
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     return lambda: now

@@ -10,7 +10,7 @@ from aquifer.compression.spec import KVSpec
 from aquifer.kernels.attention import attend
 from aquifer.kernels.triton.lanes import NOBODY, Lane
 from aquifer.kernels.triton.row_attention import attend_rows
-from aquifer.kernels.triton.rows import fetch_rows
+from aquifer.kernels.triton.rows import fetch_rows, load_rows
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3}
 if torch.cuda.is_available():
@@ -126,6 +126,65 @@ def test_few_programs_fetch_all_rows(
     expect_fetched(layer, before, [(lane, [100])])
 
 
+def pool_cells(lane: Lane, tokens: Tensor, per_slot: int) -> Tensor:
+    """Where tokens have cells of their own."""
+    place = SINKS * per_slot + tokens.long() - SINKS
+    page_cells = 256 * per_slot
+    return lane.row_pages.long()[place // page_cells] * page_cells + place % page_cells
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "sizes"), [(3, 64, {"programs": 5}), (2, 128, {"block_tokens": 8})]
+)
+def test_all_rows_are_loaded_into_cells_of_their_own(
+    heads: int,
+    head_dim: int,
+    sizes: dict[str, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    launched: list[str],
+) -> None:
+    layer = Layer(heads, head_dim, dtype, device)
+    launched.clear()
+    lane = a_lane(1, 1, device, cells=0)
+    expected = [half.clone() for half in layer.cells]
+    tokens = torch.arange(SINKS, 768, device=device)
+    cell = pool_cells(lane, tokens, layer.codec.rows_per_slot)
+    for head in range(heads):
+        rows = layer.rows_of(lane, tokens, head)
+        expected[0][head, cell] = rows[:, : head_dim // 2]
+        expected[1][head, cell] = rows[:, head_dim // 2 : head_dim]
+    segments = torch.tensor([1, 2, 0], dtype=torch.int32, device=device)  # in any order
+    starts = 256 * lane.index_pages[segments].long()
+    pool = layer.keys, layer.values
+    load_rows(segments, starts, lane.row_pages, layer.packed, *pool, sinks=SINKS, **sizes)
+    assert launched == ["_load_rows"]
+    for found, right in zip(layer.cells, expected, strict=True):
+        assert torch.equal(found, right)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_attention_finds_rows_in_listed_cells_and_in_their_own(
+    dtype: torch.dtype, device: torch.device, launched: list[str]
+) -> None:
+    layer = Layer(2, 64, dtype, device)
+    launched.clear()
+    listed, at_home = (a_lane(2, 60, device, cells=cells) for cells in (400, 0))
+    pool = layer.keys, layer.values
+    segments = torch.arange(3, dtype=torch.int32, device=device)
+    starts = 256 * at_home.index_pages.long()
+    load_rows(segments, starts, at_home.row_pages, layer.packed, *pool, sinks=SINKS)
+    for lane in (listed, at_home):
+        wanted(lane, range(60), 1)
+    listed.row_cells.copy_(pool_cells(listed, listed.chosen, layer.codec.rows_per_slot))
+    q = torch.randn(2, 4, 64, generator=torch.Generator().manual_seed(5)).to(device, dtype)
+    lanes = torch.tensor([listed.row(1, 20), at_home.row(1, 20)], device=device)
+    found = layer.attend(q[:1].expand(2, -1, -1).contiguous(), lanes, 2, splits=2, block_tokens=32)
+    assert torch.equal(found[0], found[1])
+    assert launched == ["_load_rows", "_attend_rows", "_join_rows"]
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize(
@@ -190,6 +249,13 @@ def test_arguments_that_do_not_fit_are_refused(device: torch.device) -> None:
         layer.attend(q[:, :5], lanes, 1)
     with pytest.raises(ValueError, match="lanes is"):
         layer.fetch(lanes[:, 1:], none)
+    pool, pages = (layer.keys, layer.values), (lane.index_pages, lanes[0, :3], lane.row_pages)
+    with pytest.raises(ValueError, match="block_tokens is 3"):
+        load_rows(*pages, layer.packed, *pool, sinks=SINKS, block_tokens=3)
+    with pytest.raises(ValueError, match="rows is"):
+        load_rows(*pages, layer.packed[:, 1:], *pool, sinks=SINKS)
+    with pytest.raises(ValueError, match="starts is"):
+        load_rows(lane.tail_pages, *pages[1:], layer.packed, *pool, sinks=SINKS)
     layer.values = layer.values.transpose(0, 1).contiguous().transpose(0, 1)
     with pytest.raises(ValueError, match="values has strides"):
         layer.fetch(lanes, none)
