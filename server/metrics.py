@@ -75,9 +75,7 @@ class Metrics:
         self.selected_tokens = self._counter(
             "selected_tokens", "Rows (a token of one layer and KV head) that selective attention chose."
         )
-        self.selected_hits = self._counter(
-            "selected_hits", "Chosen rows that were on the device already, fetched by a step before."
-        )
+        self.selected_hits = self._counter("selected_hits", "Chosen rows that were on the device already.")
         self.fetched_bytes = self._counter(
             "fetched_bytes", "Bytes that decoding fetched from host memory.", "mode"
         )

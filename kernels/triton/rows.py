@@ -32,6 +32,9 @@ from aquifer.kernels.triton.lanes import (
 CODE_BITS = 4
 """Per value of a key or value."""
 
+FETCHING_PROGRAMS = 528
+"""That fetch rows of one request; of four, and of more, as many together for every four."""
+
 BUS_PROGRAMS, ALL_PROGRAMS = 8, 264
 """That load rows from host memory, beside other work, and from the device's own."""
 
@@ -123,7 +126,7 @@ def fetch_rows(
     keys: Tensor,
     values: Tensor,
     *,
-    programs: int = 528,
+    programs: int | None = None,
     block_rows: int = 16,
 ) -> None:
     """Bring the missing rows of one layer from host memory into cells of the pool.
@@ -134,7 +137,7 @@ def fetch_rows(
         64 or 128
     keys, values: [H, slots, D], the pool of one layer, any float dtype, the slots of a head side by side
     programs: how many blocks of rows of a request are in work at a time. More than the default are no faster:
-        the bus is full.
+        the bus is full. Where nothing is missing, they take the time of their starts.
     Twin: aquifer.server.engine.selective.RowCache, which copies the same bytes.
     """
     heads, _, head_dim = keys.shape
@@ -145,6 +148,7 @@ def fetch_rows(
     expect_power_of_two("block_rows", block_rows, 16, 128)
     if sets not in (1, heads):
         raise ValueError(f"{sets} sets of tokens for {heads} heads; needed: 1 or {heads}")
+    programs = programs or FETCHING_PROGRAMS // min(requests, 4)
     key_words, value_words = keys.view(torch.int32), values.view(torch.int32)
     _fetch_rows[(programs, requests)](
         lanes,

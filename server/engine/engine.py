@@ -65,7 +65,12 @@ class Engine:
         self._closing = False
         self._admission = Admission(parts)
         self._loop = StepLoop(parts, self._admission, self._inbox.put)
-        self._thread = threading.Thread(target=self._run, name="aquifer-engine", daemon=True)
+        device, stream = parts.adapter.device, None
+        if device.type == "cuda":
+            until_idle(device)  # what was built so far was built on another stream
+            # Ahead of the writer's, which gets what is left of the device between kernels.
+            stream = torch.cuda.Stream(device, priority=-1)
+        self._thread = threading.Thread(target=self._run, args=(stream,), name="aquifer-engine", daemon=True)
         self._thread.start()
 
     def submit(self, request: GenerateRequest, sink: Sink) -> None:
@@ -167,15 +172,8 @@ class Engine:
         self._on_close()
         self.store.close()
 
-    def _run(self) -> None:
-        device = self._parts.adapter.device
-        if device.type != "cuda":
-            self._serve()
-            return
-        torch.cuda.set_device(device)  # of this thread: kernels start there
-        until_idle(device)  # what was built so far was built on another stream
-        # Ahead of the writer's, which gets what is left of the device between kernels.
-        with torch.cuda.stream(torch.cuda.Stream(device, priority=-1)):
+    def _run(self, stream: torch.cuda.Stream | None) -> None:
+        with torch.cuda.stream(stream):  # and on its device; None: as it is
             self._serve()
 
     def _serve(self) -> None:

@@ -75,8 +75,14 @@ def evict_from_ram(service: ServiceProcess) -> None:
     """Have other documents read until nothing that was in RAM before is still there."""
     for _ in range(2):
         filler = document(f"{next(_fillers)} fills the arena", num_tokens=3300)
-        answer = service.client.generate("?", document=filler, sampling=Sampling(max_new_tokens=1))
-        assert answer.prompt_tokens // 256 > SLOTS // 2
+
+        def is_in_ram(filler: str = filler) -> bool:
+            answer = service.client.generate("?", document=filler, sampling=Sampling(max_new_tokens=1))
+            segments = answer.prompt_tokens // 256
+            assert segments > SLOTS // 2
+            return answer.cached_tokens.ram == 256 * segments
+
+        wait_until(is_in_ram)  # records go there behind the answer
 
 
 def test_serves_without_redis_and_fills_it_once_it_appears(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +42,12 @@ def text_of(tokens: list[int]) -> str:
     return "".join(chr(0x4E00 + token) for token in tokens if token != 299)
 
 
+def _stack(thread: threading.Thread) -> str:
+    """What a thread is doing."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    return f"{thread.name}:\n{''.join(traceback.format_stack(frame))}" if frame else ""
+
+
 class Events:
     """A sink that keeps the events of one request. on_event: called for each, on the engine's thread, when it
     has been kept."""
@@ -57,7 +65,9 @@ class Events:
 
     def wait(self, seconds: float = 60.0) -> Event:
         """The last event."""
-        assert self._over.wait(seconds), f"no end after {seconds:.0f} s, only {len(self.all)} events"
+        if not self._over.wait(seconds):
+            stacks = "".join(_stack(thread) for thread in threading.enumerate())
+            raise AssertionError(f"no end after {seconds:.0f} s, only {len(self.all)} events\n{stacks}")
         return self.all[-1]
 
     @property
