@@ -45,10 +45,24 @@ CODES = tl.constexpr(256)
 
 
 @triton.jit
-def _points(table: tl.tensor, codes: tl.tensor) -> tl.tensor:
-    """One coordinate of the points that codes [BLOCK, N] stand for."""
+def _table(grid: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """The points of the grid, both coordinates in one word: what is looked up costs by the look-up."""
+    bits: tl.constexpr = tl.int16 if dtype.primitive_bitwidth == 16 else tl.int32
+    word: tl.constexpr = tl.int32 if dtype.primitive_bitwidth == 16 else tl.int64
+    code = tl.arange(0, CODES)
+    first = tl.load(grid + 2 * code).to(dtype).to(bits, bitcast=True).to(word)
+    second = tl.load(grid + 2 * code + 1).to(dtype).to(bits, bitcast=True).to(word)
+    return second << dtype.primitive_bitwidth | first & (1 << dtype.primitive_bitwidth) - 1
+
+
+@triton.jit
+def _points(table: tl.tensor, codes: tl.tensor, dtype: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """First and second coordinates of the points that codes [BLOCK, N] stand for."""
+    bits: tl.constexpr = tl.int16 if dtype.primitive_bitwidth == 16 else tl.int32
     flat: tl.constexpr = codes.shape[0] * codes.shape[1]
-    return tl.reshape(tl.gather(table, tl.reshape(codes, [flat]), 0), codes.shape)
+    both = tl.reshape(tl.gather(table, tl.reshape(codes, [flat]), 0), codes.shape)
+    first = both.to(bits).to(dtype, bitcast=True)
+    return first, (both >> dtype.primitive_bitwidth).to(bits).to(dtype, bitcast=True)
 
 
 @triton.jit
@@ -114,9 +128,7 @@ def _attend_rows(
     turned_second = tl.zeros([ROWS, HEAD_DIM // 2], dtype=tl.float32)
     first = split + tl.cdiv(tl.maximum(near_blocks - split, 0), splits) * splits
     if first < near_blocks + row_blocks:
-        code = tl.arange(0, CODES)
-        first_axis = tl.load(grid + 2 * code).to(q.dtype)
-        second_axis = tl.load(grid + 2 * code + 1).to(q.dtype)
+        table = _table(grid, q.dtype)
         sign = tl.load(signs + channel)[None, :] * HEAD_DIM**-0.5
         turned = turn_group(q.to(tl.float32) * sign, LEFT, HEAD_DIM // LEFT, EXACT).to(q.dtype)
         q_first, q_second = tl.split(tl.reshape(turned, [ROWS, HEAD_DIM // 2, 2]))
@@ -141,20 +153,18 @@ def _attend_rows(
             value_scale = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
             at = cell[:, None] * (HEAD_DIM // 2) + half[None, :]
             codes = tl.load(key_codes + at, mask=valid[:, None], other=0).to(tl.int32)
-            score = tl.dot(q_first, tl.trans(_points(first_axis, codes)), input_precision="ieee")
-            score = tl.dot(q_second, tl.trans(_points(second_axis, codes)), score, input_precision="ieee")
+            k_first, k_second = _points(table, codes, q.dtype)
+            score = tl.dot(q_first, tl.trans(k_first), input_precision="ieee")
+            score = tl.dot(q_second, tl.trans(k_second), score, input_precision="ieee")
             score = (score * key_scale[None, :] + shift[:, None]) * SCORE_SCALE
             score = tl.where(valid[None, :], score, float("-inf"))
             weight, kept, top, total = weigh(score, top, total)
             weight = (weight * value_scale[None, :]).to(q.dtype)
             codes = tl.load(value_codes + at, mask=valid[:, None], other=0).to(tl.int32)
+            v_first, v_second = _points(table, codes, q.dtype)
             out *= kept[:, None]
-            turned_first = tl.dot(
-                weight, _points(first_axis, codes), turned_first * kept[:, None], input_precision="ieee"
-            )
-            turned_second = tl.dot(
-                weight, _points(second_axis, codes), turned_second * kept[:, None], input_precision="ieee"
-            )
+            turned_first = tl.dot(weight, v_first, turned_first * kept[:, None], input_precision="ieee")
+            turned_second = tl.dot(weight, v_second, turned_second * kept[:, None], input_precision="ieee")
         turned = tl.reshape(tl.join(turned_first, turned_second), [ROWS, HEAD_DIM])
         out += turn_group(turned, LEFT, HEAD_DIM // LEFT, EXACT) * sign
 
