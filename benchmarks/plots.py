@@ -86,11 +86,13 @@ def _bars(
 
 
 def _lines(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
-    modes = list(dict.fromkeys(row["name"].partition(",")[0] for row in rows))
-    for mode in modes:
-        own = [row["figures"] for row in rows if row["name"].startswith(f"{mode},")]
-        points = [(figures["contexts"], figures["tokens_per_second"]) for figures in own]
-        axes.plot(*zip(*points, strict=True), marker="o", label=mode)
+    cases: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:  # "case, 6 contexts"
+        figures = row["figures"]
+        points = cases.setdefault(row["name"].rpartition(",")[0], [])
+        points.append((figures["contexts"], figures["tokens_per_second"]))
+    for case, points in cases.items():
+        axes.plot(*zip(*points, strict=True), marker="o", label=case)
     axes.set_xlabel("contexts answered at once", fontsize=8)
     axes.set_ylabel("tokens per second", fontsize=8)
     axes.legend(fontsize=8)
