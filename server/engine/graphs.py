@@ -8,7 +8,7 @@ steps fill the graph's inputs and replay it: one launch in place of hundreds.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, Protocol
 
 import structlog
@@ -114,13 +114,17 @@ class GraphedStep:
         return self._attention.accepts(row)
 
     @torch.inference_mode()
-    def run(self, rows: Sequence[Rows]) -> list[StepResult]:
+    def start(self, rows: Sequence[Rows]) -> Callable[[], list[StepResult]]:
         bucket = bucket_of(len(rows), self._max_rows)
         if self._recordings.wants(bucket):
             self._fill([], bucket)
             self._recordings.record(bucket)
         self._fill(rows, bucket)
         self._recordings.run(bucket)
+        return partial(self._finish, rows)
+
+    @torch.inference_mode()
+    def _finish(self, rows: Sequence[Rows]) -> list[StepResult]:
         results = self._read(rows)
         self._attention.done()
         return results

@@ -74,6 +74,8 @@ class StepLoop:
         self._waiting: deque[RequestState] = deque()
         self._reading: deque[RequestState] = deque()
         self._decoding: list[RequestState] = []
+        self._unsent: deque[tuple[RequestState, Choice, bool]] = deque()
+        """Tokens of the last step, and whether they end their answer."""
         self._fetch_threads = ThreadPoolExecutor(2, thread_name_prefix="aquifer-fetch")
 
     @property
@@ -124,6 +126,7 @@ class StepLoop:
 
     def end_all(self, farewell: FailedEvent) -> None:
         """End all requests with this event."""
+        self._send_tokens()
         for state in list(self._requests.values()):
             self._drop(state)
             state.sink(farewell)
@@ -192,6 +195,7 @@ class StepLoop:
         a long one."""
         if not self._reading:
             return
+        self._send_tokens()  # the next step is some time off
         if self._writer.backlog > _MAX_BACKLOG:
             self._writer.wait(_WRITE_POLL_SECONDS)
             return
@@ -218,6 +222,7 @@ class StepLoop:
                 self._metrics.prompt_tokens.labels(source=source).inc(tokens)
             if state.first_choice is not None:
                 self._emit(state, [state.first_choice])
+                self._send_tokens()
         if state.phase is Phase.READING and not state.unindexed:
             self._reading_done(state)
 
@@ -266,30 +271,52 @@ class StepLoop:
             return
         try:
             rows = [state.next_rows() for state in batch]
-            results = self._runner.step(rows)
+            results = self._runner.step(rows, self._send_tokens)
         except Exception as error:
-            for state in batch:
+            self._send_tokens()
+            for state in self._decoding.copy():
                 self._fail(state, error)
             return
         for state, result in zip(batch, results, strict=True):
+            if state.phase is Phase.DONE:  # what it sent meanwhile failed
+                continue
             try:
                 self._emit(state, state.take(result))
             except Exception as error:
                 self._fail(state, error)
 
     def _emit(self, state: RequestState, choices: Sequence[Choice]) -> None:
-        """Send tokens, up to the one that ends the answer."""
+        """Add tokens to an answer, up to the one that ends it. They are sent while the device computes the
+        next step, unless they end it or their text may."""
         for choice in choices:
-            first = not state.generated
-            gap, reason = state.emit(choice, self._parts.eos_token_ids)
+            reason = state.add(choice, self._parts.eos_token_ids)
+            self._unsent.append((state, choice, reason == "eos_token"))
+            if reason is None and not state.request.sampling.stop:
+                continue
+            self._send_tokens()
+            if state.stopped and reason != "eos_token":
+                reason = "stop_sequence"
+            if reason is not None and state.phase is not Phase.DONE:
+                self._finish(state, reason)
+            if state.phase is Phase.DONE:
+                return
+
+    def _send_tokens(self) -> None:
+        """Send what was not sent yet."""
+        while self._unsent:
+            state, choice, ended = self._unsent.popleft()
+            if state.phase is Phase.DONE:  # the one before failed
+                continue
+            try:
+                gap = state.send(choice, ended=ended)
+            except Exception as error:
+                self._fail(state, error)
+                continue
             self._metrics.generation_tokens.inc()
-            if first:
+            if gap is None:
                 self._metrics.time_to_first_token_seconds.observe(state.ttft_seconds)
             else:
                 self._metrics.inter_token_latency_seconds.observe(gap)
-            if reason is not None:
-                self._finish(state, reason)
-                return
 
     def _write_limit(self) -> int:
         """Segments to encode in this turn. On CUDA that happens beside the model; on a CPU it competes
@@ -305,6 +332,7 @@ class StepLoop:
     # The ends of a request
 
     def _finish(self, state: RequestState, reason: FinishReason) -> None:
+        self._send_tokens()
         self._drop(state)
         parts, prompt_tokens = self._parts, len(state.request.token_ids)
         state.finish(reason, prompt_usage(parts.codec, parts.raw, prompt_tokens, state.plan.mode))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -77,7 +77,7 @@ class Rows:
 
 
 class FastStep(Protocol):
-    """A faster way to compute steps of some kind."""
+    """A faster way to compute steps of some kind, one at a time."""
 
     @property
     def device_bytes(self) -> int:
@@ -86,8 +86,9 @@ class FastStep(Protocol):
     def accepts(self, row: Rows) -> bool:
         """Whether it can compute this row, beside any others that it accepts."""
 
-    def run(self, rows: Sequence[Rows]) -> list[StepResult]:
-        """As `ModelRunner.step`."""
+    def start(self, rows: Sequence[Rows]) -> Callable[[], list[StepResult]]:
+        """Have the device compute a step. What is returned waits for it, and returns what `ModelRunner.step`
+        does."""
 
 
 class FastChunk(Protocol):
@@ -149,19 +150,24 @@ class ModelRunner:
         assert isinstance(result, Choice)  # it was one token
         return result
 
-    def step(self, rows: Sequence[Rows]) -> list[StepResult]:
-        """Compute new tokens of many sequences together.
+    def step(self, rows: Sequence[Rows], meanwhile: Callable[[], None] = lambda: None) -> list[StepResult]:
+        """Compute new tokens of many sequences together. meanwhile: called once, while the device computes
+        where it can do that by itself.
 
         Returns for each sequence, in order, the logits [R, vocab] float32 on the CPU after its R new tokens;
         or the tokens that follow, if it said how to choose and the device is better at that than the CPU.
         """
-        results: dict[int, StepResult] = {}
+        started: list[tuple[list[int], Callable[[], list[StepResult]]]] = []
         left = list(range(len(rows)))
         for fast in self._fast:
             own = [number for number in left if fast.accepts(rows[number])]
             if own:
-                results |= zip(own, fast.run([rows[number] for number in own]), strict=True)
-                left = [number for number in left if number not in results]
+                started.append((own, fast.start([rows[number] for number in own])))
+                left = [number for number in left if number not in own]
+        meanwhile()
+        results: dict[int, StepResult] = {}
+        for own, finish in started:
+            results |= zip(own, finish(), strict=True)
         if not left:
             self._pass_bytes = 0  # what the last pass took is free again
         for group in self._passes(rows, left):

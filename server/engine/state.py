@@ -152,25 +152,30 @@ class RequestState:
         total = len(self.request.token_ids)
         self.sink(ProgressEvent(max(0, min(total, len(self.inputs) - left)), total))
 
-    def emit(self, choice: Choice, eos_token_ids: frozenset[int]) -> tuple[float, FinishReason | None]:
-        """Send one token. Returns the seconds since the token before and the reason to stop, if any."""
-        now = time.perf_counter()
-        gap = now - self._last_token if self._last_token else 0.0
-        if not self._first_token:
-            self._first_token = now
-        self._last_token = now
+    def add(self, choice: Choice, eos_token_ids: frozenset[int]) -> FinishReason | None:
+        """The next token of the answer. Returns the reason to stop, unless that is in its text."""
         self.generated.append(choice.token_id)
         sampling = self.request.sampling
-        ended = choice.token_id in eos_token_ids and not sampling.ignore_eos
+        if choice.token_id in eos_token_ids and not sampling.ignore_eos:
+            return "eos_token"
+        return "length" if len(self.generated) >= sampling.max_new_tokens else None
+
+    def send(self, choice: Choice, *, ended: bool) -> float | None:
+        """Send a token that was added. ended: it ends the answer, and has no text. Returns the seconds since
+        the one before; None for the first."""
+        now = time.perf_counter()
+        gap = now - self._last_token if self._last_token else None
+        if gap is None:
+            self._first_token = now
+        self._last_token = now
         piece = "" if ended else self._text.push(choice.token_id)
         self.sink(TokenEvent(choice.token_id, piece, choice.logprob, special=ended))
-        if ended:
-            return gap, "eos_token"
-        if self._text.stopped:
-            return gap, "stop_sequence"
-        if len(self.generated) >= sampling.max_new_tokens:
-            return gap, "length"
-        return gap, None
+        return gap
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the text that was sent is complete, by a stop sequence."""
+        return self._text.stopped
 
     def finish(self, reason: FinishReason, kv: KVUsage) -> None:
         """Send the last event."""

@@ -4,7 +4,7 @@ from, the tokens are those of plain `generate`."""
 import itertools
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,9 @@ from aquifer.cachestore.keys import chain_keys, make_namespace
 from aquifer.server.engine import loop
 from aquifer.server.engine.engine import Engine, EngineError
 from aquifer.server.engine.pages import PagePool
+from aquifer.server.engine.runner import Rows
+from aquifer.server.engine.sampling import StepResult
+from aquifer.server.engine.state import RequestState
 from aquifer.server.engine.types import (
     Event,
     FailedEvent,
@@ -322,3 +325,61 @@ def test_a_sink_that_raises_ends_only_its_own_request(make_engine: MakeEngine) -
     while engine.load().running:
         time.sleep(0.01)
     assert engine.load().device_bytes["resident"] == 0
+
+
+def test_tokens_are_sent_while_the_next_step_is_computed(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(tiny_model("llama"))
+    step, sent = engine._loop._runner.step, []
+
+    def watched(rows: Sequence[Rows], meanwhile: Callable[[], None]) -> list[StepResult]:
+        before = len(events.tokens)
+        results = step(rows, meanwhile)
+        sent.append((before, len(events.tokens)))
+        return results
+
+    monkeypatch.setattr(engine._loop._runner, "step", watched)
+    events = submit(engine, ask(prompt(1, 20), 5))
+    events.wait()
+    # The first token does not wait, and neither does the last.
+    assert sent == [(1, 1), (1, 2), (2, 3), (3, 4)]
+    assert len(events.tokens) == 5
+
+
+def test_tokens_do_not_wait_for_another_prompt(make_engine: MakeEngine) -> None:
+    """What one step gave is sent before the next piece of a prompt is read."""
+    engine = make_engine(tiny_model("llama"), chunk_tokens=256)
+    advance, waiting = engine._loop._prompts.advance, []
+
+    def watched(state: RequestState) -> None:
+        waiting.append(len(engine._loop._unsent))
+        advance(state)
+
+    engine._loop._prompts.advance = watched  # type: ignore[method-assign]
+    events = [submit(engine, ask(prompt(seed, length), 30)) for seed, length in ((1, 20), (2, 1500))]
+    for one in events:
+        one.wait()
+    assert len(waiting) > 6 and not any(waiting)
+
+
+def test_an_answer_that_cannot_be_spelled_fails_alone_and_once(make_engine: MakeEngine) -> None:
+    model, ids = tiny_model("llama"), prompt(2, 40)
+    engine = make_engine(model)
+    spell, times = engine._decode_text, itertools.count()
+
+    def fail_late(tokens: Sequence[int]) -> str:
+        if next(times) > 6:
+            raise ValueError("no such letter")
+        return spell(tokens)
+
+    fine = submit(engine, ask(ids, 12))
+    engine._decode_text = fail_late
+    broken = submit(engine, ask(prompt(3, 40), 12))
+    last = broken.wait()
+    assert isinstance(last, FailedEvent) and "no such letter" in last.message
+    fine.wait()
+    assert fine.tokens == greedy_reference(model, ids, 12)
+    assert [type(event) for event in broken.all].count(FailedEvent) == 1
+    assert broken.all[-1] is last
+    assert engine._parts.pool.available_pages == engine._parts.pool.num_pages
