@@ -95,12 +95,12 @@ class LaneCache:
             device=parts.pool.keys.device,
         )
         self._step = 0
-        slots = [page * SEGMENT_TOKENS for page in index_pages]
-        self._fill = OwnCells(parts, row_pages).filling_from(slots, range(len(slots)))
+        self._fill: Callable[[int, Tensor], None] | None = None
+        if every_token and not filled:
+            slots = [page * SEGMENT_TOKENS for page in index_pages]
+            self._fill = OwnCells(parts, row_pages).filling_from(slots, range(len(slots)))
         self._loaded = spec.num_layers if filled else 0
         """Layers of which all rows are in cells of their own."""
-        self._layers = spec.num_layers if every_token else 0
-        """Of which they can be."""
         self._loads: deque[torch.cuda.Event] = deque()
         """When those of the next ones are."""
 
@@ -133,7 +133,7 @@ class LaneCache:
 
         Steps go on meanwhile: what they fetch themselves are the same bytes in the same places."""
         layer = self._loaded + len(self._loads)
-        if layer == self._layers:
+        if self._fill is None or layer == self._parts.adapter.spec.num_layers:
             return False
         index, queues = self._parts.index, queues_of(self._parts.pool.keys.device)
         queues.rows.after(queues.callers())  # who makes the rows, and may have had the pages
