@@ -155,7 +155,8 @@ def drop_from_ram(engine: Engine, token_ids: Sequence[int]) -> None:
 def plant(engine: Engine, subject: Subject, codec: Codec, token_ids: Sequence[int]) -> None:
     """Put random KV into the RAM tier under the keys of a prompt, as if it had been read and stored.
 
-    Steps over such a context read as many bytes as over any other, and no prefill is needed. Raises MemoryError when the tier has no room.
+    Steps over such a context read as many bytes as over any other, and no prefill is needed. Raises
+    MemoryError when the tier has no room.
     """
     raw = subject.codec("raw")
     keys = keys_of(engine, token_ids)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -14,6 +14,7 @@ from torch import Tensor
 from aquifer.compression.spec import SINK_TOKENS
 from aquifer.kernels.triton.lanes import CELLS, CHOSEN, STEP, TOKENS, WANTED, memory, number
 from aquifer.server.engine import lanes as engine_lanes
+from aquifer.server.engine import reading
 
 
 @triton.jit(do_not_specialize=["layer_at"])  # one program for all layers
@@ -47,6 +48,7 @@ def _impose(
 def imposed_on_lanes(missed: Tensor, rows_may_come: Callable[[], bool]) -> Iterator[None]:
     """missed: float32 [2, L, H, steps], see Rows. rows_may_come: whether rows come before they are chosen."""
     find_rows, load_rows_of = engine_lanes.find_rows, engine_lanes.load_rows_of
+    cells_to_fill = reading.cells_to_fill
 
     def find_imposed(lanes: Tensor, layer: int, sets: int, *rest: Any, **options: Any) -> Tensor:
         _, _, heads, steps = missed.shape
@@ -54,12 +56,16 @@ def imposed_on_lanes(missed: Tensor, rows_may_come: Callable[[], bool]) -> Itera
         _impose[(sets, len(lanes))](lanes, missed, *places, FIRST=SINK_TOKENS, BLOCK=1024)
         return find_rows(lanes, layer, sets, *rest, **options)
 
-    def load_if_allowed(caches: Sequence[engine_lanes.LaneCache]) -> None:
+    def load_if_allowed(*args: Any) -> None:
         if rows_may_come():
-            load_rows_of(caches)
+            load_rows_of(*args)
+
+    def fill_if_allowed(*args: Any) -> engine_lanes.OwnCells | None:
+        return cells_to_fill(*args) if rows_may_come() else None
 
     with (
         patch.object(engine_lanes, "find_rows", find_imposed),
         patch.object(engine_lanes, "load_rows_of", load_if_allowed),
+        patch.object(reading, "cells_to_fill", fill_if_allowed),
     ):
         yield

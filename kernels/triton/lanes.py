@@ -87,7 +87,8 @@ class Lane:
         device: torch.device,
     ) -> None:
         """index_pages: of the index, one per whole segment. tail_pages: of the pool, for what comes after.
-        row_pages: of the pool, for sinks and fetched rows. wanted, cells: see LaneRow."""
+        row_pages: of the pool, for sinks and fetched rows. layers: of which rows may have to be looked up.
+        wanted, cells: see LaneRow."""
         tokens = PAGE.value * len(index_pages)
 
         def numbers(*shape: int) -> Tensor:

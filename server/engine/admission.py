@@ -7,8 +7,8 @@ starts, so that a running one can never be stopped by a lack of it.
                 device pages                                index pages       RAM arena
     resident    whole sequence                              -                 -
     streamed    tail and answer, segments as budget allows  -                 whole document
-    selective   tail and answer, fetched rows               whole document    whole document, while reading
-    verified    as streamed, and fetched rows               whole document    whole document
+    selective   tail and answer, some rows or all           whole document    whole document, while reading
+    verified    as streamed, and some rows or all           whole document    whole document
 """
 
 from __future__ import annotations

@@ -58,13 +58,18 @@ class Queue:
 
 class Queues:
     """copies: of bytes from host memory, and reading them; chain: from layer to layer; emits: keys and
-    values; rows: of selective decoding, which nothing waits for."""
+    values; rows: of selective decoding, for which no step waits."""
 
     def __init__(self, device: torch.device, priority: int = 0) -> None:
         self._device = device
         # Work of the small kernels is needed first: a GEMM's tiles would keep them waiting.
         self.copies, self.emits = Queue(device, priority - 1), Queue(device, priority - 1)
-        self.chain, self.rows = Queue(device, priority), Queue(device, priority)
+        self.chain = Queue(device, priority)
+        self._priority = priority
+
+    @cached_property
+    def rows(self) -> Queue:
+        return Queue(self._device, self._priority)
 
     def callers(self) -> torch.cuda.Event:
         """What happens when all of the caller's work up to now is done."""

@@ -173,7 +173,7 @@ class Engine:
         self.store.close()
 
     def _run(self, stream: torch.cuda.Stream | None) -> None:
-        with torch.cuda.stream(stream):  # and on its device; None: as it is
+        with torch.cuda.stream(stream) if stream else contextlib.nullcontext():  # and on its device
             self._serve()
 
     def _serve(self) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 log = structlog.get_logger(__name__)
 
 recording = threading.Lock()
-"""Held while a graph is recorded: a process records one at a time, whichever engine wants it. Meanwhile no
-thread waits for the whole device: CUDA would refuse, and the recording would fail, too."""
+"""Held while a graph is recorded: a process records one at a time, whichever engine wants it. Held, too, by
+whoever waits for the whole device while others may record: CUDA would refuse, and their recording fail."""
 
 
 def page_lock(memory: Tensor) -> Callable[[], None]:

@@ -68,7 +68,7 @@ class IndexPool(PageAllocator):
         """
         encoded = self.codec.encode(layer, keys.transpose(0, 1), values.transpose(0, 1))
         codes, scales = encoded.rows.split(_row_parts(self.codec), dim=2)
-        rows, row_scales = codes.flatten(1), scales.flatten(1)
+        rows, row_scales = codes.flatten(1).contiguous(), scales.flatten(1)
         done = 0
         for first, last in runs:
             part = slice(done, done + last - first)

@@ -1,14 +1,16 @@
 """Selective decoding in recorded steps: landmarks choose, rows are fetched, attention reads a list of slots.
 
 The same method as selective.py, kernel by kernel on the device: nothing comes back to the host within a step,
-and nothing it starts depends on how long a request is. Requests that have room for all rows of their document
-get them beside the first steps, so that later ones fetch nothing. Imports Triton, so only where it runs.
+and nothing it starts depends on how long a request is. Where a request has room for all rows of its document,
+they come there as they are made, or beside its steps, so that later ones fetch nothing. Imports Triton, so
+only where it runs.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -22,14 +24,18 @@ from aquifer.kernels.triton.row_attention import attend_rows
 from aquifer.kernels.triton.rows import fetch_rows, load_rows
 from aquifer.kernels.triton.select import select_tokens
 from aquifer.server.engine.device_streams import queues_of
+from aquifer.server.engine.host_memory import to_device
 from aquifer.server.engine.pages import BlockTable
 from aquifer.server.engine.parts import EngineParts
 from aquifer.server.engine.runner import CachePass, Rows
 from aquifer.server.engine.selective import Selection
 
+STEPS_BEFORE_LOADING = 8
+"""Of a request, in which it fetches what is missing: an answer of a few tokens needs few of the rows."""
+
 LAYERS_ON_THE_WAY = 8
 """Whose rows are being loaded at a time. Those of 131,072 tokens take about 3 ms, and a request that ends
-waits for its own."""
+waits for its own, and so does every step after it."""
 
 
 class OwnCells:
@@ -38,7 +44,8 @@ class OwnCells:
     def __init__(self, parts: EngineParts, row_pages: Sequence[int]) -> None:
         """row_pages: see SelectiveCache."""
         self._pool = parts.pool
-        self._row_pages = torch.tensor(row_pages, dtype=torch.int32, device=parts.pool.keys.device)
+        self._device = parts.pool.keys.device
+        self._row_pages = to_device(torch.tensor(row_pages, dtype=torch.int32), self._device)
 
     def filling(self, spans: Sequence[tuple[int, int]]) -> Callable[[int, Tensor], None]:
         """What fills the cells of some segments, given a layer and its rows.
@@ -53,9 +60,8 @@ class OwnCells:
 
     def filling_from(self, starts: Sequence[int], segments: Sequence[int]) -> Callable[[int, Tensor], None]:
         """The same for segments whose rows begin anywhere."""
-        device = self._pool.keys.device
-        whence = torch.tensor(starts, dtype=torch.int64, device=device)
-        which = torch.tensor(segments, dtype=torch.int32, device=device)
+        whence = to_device(torch.tensor(starts, dtype=torch.int64), self._device)
+        which = to_device(torch.tensor(segments, dtype=torch.int32), self._device)
 
         def fill(layer: int, rows: Tensor) -> None:
             kv = self._pool.keys[layer], self._pool.values[layer]
@@ -82,12 +88,13 @@ class LaneCache:
         self._parts, self._table = parts, table
         self._tail_from = len(index_pages) * SEGMENT_TOKENS
         every_token = selection.keeps_all(len(index_pages))
+        assert every_token or not filled
         tail_pages = table.pages[len(index_pages) :]
         self._lane = Lane(
             index_pages,
             [page for page in tail_pages if page is not None],
             row_pages,
-            layers=spec.num_layers,
+            layers=0 if filled else spec.num_layers,
             sets=1 if selection.shared else spec.num_kv_heads,
             num_q_heads=parts.adapter.num_q_heads,
             wanted=selection.count,
@@ -95,12 +102,11 @@ class LaneCache:
             device=parts.pool.keys.device,
         )
         self._step = 0
-        self._fill: Callable[[int, Tensor], None] | None = None
-        if every_token and not filled:
-            slots = [page * SEGMENT_TOKENS for page in index_pages]
-            self._fill = OwnCells(parts, row_pages).filling_from(slots, range(len(slots)))
+        self._pages = index_pages, row_pages
         self._loaded = spec.num_layers if filled else 0
         """Layers of which all rows are in cells of their own."""
+        self._layers = spec.num_layers if every_token else 0
+        """Of which they can be."""
         self._loads: deque[torch.cuda.Event] = deque()
         """When those of the next ones are."""
 
@@ -117,24 +123,27 @@ class LaneCache:
     def next_step(self, position: int) -> tuple[LaneRow, int]:
         """What kernels are told of the step whose new token stands at `position`, and that token's slot."""
         self._step += 1
+        while self._loads and self._loads[0].query():
+            self._loads.popleft()
+            self._loaded += 1
         slot = self._table.slot(position)
         assert slot is not None  # the tail has pages
         return self._lane.row(self._step, position + 1 - self._tail_from, self._loaded), slot
 
-    def layers_on_the_way(self) -> int:
-        """Whose rows are being loaded now."""
-        while self._loads and self._loads[0].query():
-            self._loads.popleft()
-            self._loaded += 1
-        return len(self._loads)
+    @cached_property
+    def _fill(self) -> Callable[[int, Tensor], None]:
+        index_pages, row_pages = self._pages
+        slots = [page * SEGMENT_TOKENS for page in index_pages]
+        return OwnCells(self._parts, row_pages).filling_from(slots, range(len(slots)))
 
-    def load_layer(self) -> bool:
-        """Begin to load the rows of the next layer. False: there is none, or no room for all rows.
+    def load_layer(self) -> torch.cuda.Event | None:
+        """Begin to load the rows of the next layer. Returns when they are there. None: there is no next one,
+        no room for all rows, or it is early yet.
 
         Steps go on meanwhile: what they fetch themselves are the same bytes in the same places."""
         layer = self._loaded + len(self._loads)
-        if self._fill is None or layer == self._parts.adapter.spec.num_layers:
-            return False
+        if self._step < STEPS_BEFORE_LOADING or layer >= self._layers:
+            return None
         index, queues = self._parts.index, queues_of(self._parts.pool.keys.device)
         queues.rows.after(queues.callers())  # who makes the rows, and may have had the pages
         with queues.rows.here():
@@ -142,7 +151,7 @@ class LaneCache:
         self._loads.append(queues.rows.mark())
         num_bytes = self._tail_from * self._parts.adapter.spec.num_kv_heads * index.row_bytes
         self._parts.metrics.fetched_bytes.labels(mode="selective").inc(num_bytes)
-        return True
+        return self._loads[-1]
 
     def release(self) -> None:
         """See SequenceCache: what is queued from now on comes after what is being loaded."""
@@ -167,6 +176,8 @@ class SelectiveLanes:
         self._table = torch.zeros(most, FIELDS.value, dtype=torch.int64, device=device)
         self._counters = torch.zeros(2, dtype=torch.int64, device=device)
         self._reported = [0, 0]
+        self._loads: deque[torch.cuda.Event] = deque()
+        """Of rows of all requests, those that are over included."""
 
     @property
     def device_bytes(self) -> int:
@@ -177,7 +188,7 @@ class SelectiveLanes:
 
     def prepare(self, rows: Sequence[Rows], bucket: int) -> Sequence[int]:
         caches = [row.cache for row in rows if isinstance(row.cache, LaneCache)]
-        load_rows_of(caches)
+        load_rows_of(caches, self._loads)
         steps = [cache.next_step(row.start) for cache, row in zip(caches, rows, strict=True)]
         told = [lane for lane, _ in steps] + [NOBODY] * (bucket - len(steps))
         self._host.numpy()[:bucket] = told
@@ -205,9 +216,10 @@ class SelectiveLanes:
         self._fetched_bytes.inc(fetched * self._rows_each * self._index.row_bytes)
 
 
-def load_rows_of(caches: Sequence[LaneCache]) -> None:
+def load_rows_of(caches: Sequence[LaneCache], on_the_way: deque[torch.cuda.Event]) -> None:
     """Keep layers of rows on their way, of the first request that has some to load."""
-    on_the_way = sum(cache.layers_on_the_way() for cache in caches)
+    while on_the_way and on_the_way[0].query():
+        on_the_way.popleft()
     for cache in caches:
-        while on_the_way < LAYERS_ON_THE_WAY and cache.load_layer():
-            on_the_way += 1
+        while len(on_the_way) < LAYERS_ON_THE_WAY and (load := cache.load_layer()):
+            on_the_way.append(load)

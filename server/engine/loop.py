@@ -26,7 +26,7 @@ from aquifer.server.engine.reading import Claims, PromptReader
 from aquifer.server.engine.records import prompt_usage
 from aquifer.server.engine.runner import ModelRunner, PagedCache
 from aquifer.server.engine.sampling import Choice
-from aquifer.server.engine.selective import cells_to_fill, fill_sinks, selective_cache
+from aquifer.server.engine.selective import fill_sinks, selective_cache
 from aquifer.server.engine.state import Phase, RequestState
 from aquifer.server.engine.streams import SegmentReader
 from aquifer.server.engine.types import FailedEvent, FinishReason
@@ -158,8 +158,6 @@ class StepLoop:
                 break
             self._waiting.remove(state)
             state.admitted(room, PagedCache(self._parts.pool, room.table, self._reader))
-            pages = room.index_pages, room.unindexed, room.row_pages
-            state.cells = cells_to_fill(self._parts, state.plan.selection, *pages)
             self._fetch(state)
 
     def _refuse(self, state: RequestState, lacking: str) -> None:
@@ -356,9 +354,12 @@ class StepLoop:
         state.restores.clear()
         self._claims.drop_all(state)
         if running:
-            if state.decoding is not None:
-                state.decoding.release()
-            state.cache.release()
+            try:
+                if state.decoding is not None:
+                    state.decoding.release()
+                state.cache.release()
+            except RuntimeError as error:  # the device does nothing any more, then
+                log.error("the device failed", exc_info=error)
             self._admission.release(state.room)
 
 

@@ -19,7 +19,7 @@ from aquifer.server.engine.fetch import StoredSegment
 from aquifer.server.engine.parts import EngineParts
 from aquifer.server.engine.restore import GROUP_SEGMENTS, Restorer
 from aquifer.server.engine.runner import LayerKV, ModelRunner
-from aquifer.server.engine.selective import build_index
+from aquifer.server.engine.selective import build_index, cells_to_fill
 from aquifer.server.engine.state import RequestState
 from aquifer.server.engine.streams import SegmentReader
 from aquifer.server.engine.writer import SegmentWriter, split_segments
@@ -161,6 +161,9 @@ class PromptReader:
     def _index_group(self, state: RequestState) -> None:
         """Make some segments of the document selectable."""
         index, pages = self._parts.index, state.room.index_pages
+        if len(state.unindexed) == len(state.room.unindexed):  # the first group
+            of_rows = state.room.unindexed, state.room.row_pages
+            state.cells = cells_to_fill(self._parts, state.plan.selection, pages, *of_rows)
         group = [state.unindexed.popleft() for _ in range(min(GROUP_SEGMENTS, len(state.unindexed)))]
         build_index(index, pages, group, state.cache, self._reader, state.cells)
         for number in group:

@@ -3,7 +3,8 @@
 One token at a time: score the landmarks, take the best tokens, fetch the rows of those that were not fetched
 lately, attend to sinks + selected + the exact tail of the prompt + what was generated. Fetched rows live in
 pages of the pool, packed as they came, so that a slot holds several; each layer (and each head, unless heads
-share a set) fills these cells in its own order.
+share a set) fills these cells in its own order. Where a device records its steps and has room for all rows,
+they all come there; see lanes.py.
 """
 
 from __future__ import annotations

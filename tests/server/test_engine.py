@@ -10,19 +10,22 @@ from typing import Any
 
 import pytest
 import torch
-from asking import answer, ask, prompt, submit, text_of
+from asking import Events, answer, ask, prompt, submit, text_of
 from tiny_models import DEVICE, FAMILIES, greedy_reference, tiny_model
 
 from aquifer.cachestore.keys import chain_keys, make_namespace
-from aquifer.server.engine import loop
+from aquifer.server.engine import loop, reading
+from aquifer.server.engine.admission import Admission, Room
 from aquifer.server.engine.engine import Engine, EngineError
 from aquifer.server.engine.pages import PagePool
 from aquifer.server.engine.runner import Rows
 from aquifer.server.engine.sampling import StepResult
+from aquifer.server.engine.selective import SelectiveCache
 from aquifer.server.engine.state import RequestState
 from aquifer.server.engine.types import (
     Event,
     FailedEvent,
+    FinishedEvent,
     GenerateRequest,
     ProgressEvent,
     SamplingParams,
@@ -383,3 +386,71 @@ def test_an_answer_that_cannot_be_spelled_fails_alone_and_once(make_engine: Make
     assert [type(event) for event in broken.all].count(FailedEvent) == 1
     assert broken.all[-1] is last
     assert engine._parts.pool.available_pages == engine._parts.pool.num_pages
+
+
+@pytest.mark.parametrize("end", ["finished", "cancelled", "failed"])
+def test_caches_are_let_go_before_their_pages(
+    end: str, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, order = make_engine(tiny_model("llama")), list[str]()
+    release, step = Admission.release, engine._loop._runner.step
+
+    def give_back(admission: Admission, room: Room) -> None:
+        order.append("pages")
+        release(admission, room)
+
+    def fails(*args: Any) -> list[StepResult]:
+        raise RuntimeError("no more steps")
+
+    monkeypatch.setattr(SelectiveCache, "release", lambda cache: order.append("cache"))
+    monkeypatch.setattr(Admission, "release", give_back)
+    monkeypatch.setattr(engine._loop._runner, "step", fails if end == "failed" else step)
+
+    def cancel(event: Event) -> None:
+        if len(events.tokens) == 3 and end == "cancelled":
+            engine.cancel(request.request_id)
+
+    request, events = ask(prompt(1, 600), 20, mode="selective"), Events(cancel)
+    engine.submit(request, events)
+    events.wait()
+    assert engine.flush(10)
+    assert order == ["cache", "pages"]
+
+
+def test_a_device_that_fails_ends_every_request_and_no_thread(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is asked of it raises then, letting caches go as well."""
+    engine = make_engine(tiny_model("llama"))
+
+    def fails(*args: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def first_token(event: Event) -> None:
+        if isinstance(event, TokenEvent) and len(engine._loop._decoding) == 1:
+            monkeypatch.setattr(engine._loop._runner, "step", fails)
+            monkeypatch.setattr(SelectiveCache, "release", fails)
+
+    requests = [ask(prompt(seed, 600), 200, mode="selective") for seed in (1, 2)]
+    asked = [submit(engine, request, first_token) for request in requests]
+    for events in asked:
+        assert isinstance(events.wait(), FailedEvent)
+    later = submit(engine, ask(prompt(3, 20), 4)).wait()
+    assert isinstance(later, FailedEvent)
+    assert engine._parts.pool.available_pages == engine._parts.pool.num_pages
+
+
+def test_room_comes_back_where_no_cells_can_be_made(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(tiny_model("llama"))
+
+    def no_memory(*args: Any) -> None:
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(reading, "cells_to_fill", no_memory)
+    fine = submit(engine, ask(prompt(1, 20), 60))
+    assert isinstance(submit(engine, ask(prompt(2, 600), 6, mode="selective")).wait(), FailedEvent)
+    assert isinstance(fine.wait(), FinishedEvent)
+    for pool in (engine._parts.pool, engine._parts.index):
+        assert pool.available_pages == pool.num_pages

@@ -232,6 +232,10 @@ def test_buckets_waste_little_and_never_exceed_the_limit(rows: int, bucket: int)
 
 @pytest.mark.skipif(not ON_GPU, reason="graphs are recorded on a CUDA device")
 def test_engines_start_answer_and_end_while_another_thread_records() -> None:
+    """One that has recorded what it needs answers and ends meanwhile, another one starts."""
+    model, ids = tiny_model("llama", num_hidden_layers=2, head_dim=64), prompt(1, 300)
+    expected, engine = greedy_reference(model, ids, 4), build(model)
+    assert answer(engine, ask(ids, 4))[0] == expected
     recording, numbers = threading.Event(), torch.zeros(4, device=DEVICE)
     launches = itertools.count()
 
@@ -245,11 +249,12 @@ def test_engines_start_answer_and_end_while_another_thread_records() -> None:
     with ThreadPoolExecutor(1) as other:
         recorded = other.submit(record_graph, launch, torch.cuda.graph_pool_handle())
         assert recording.wait(30)
-        model = tiny_model("llama", num_hidden_layers=2, head_dim=64)
-        engine = build(model)
-        ids = prompt(1, 300)
-        assert answer(engine, ask(ids, 4))[0] == greedy_reference(model, ids, 4)
+        assert answer(engine, ask(ids, 4))[0] == expected
+        assert not recorded.done()
         engine.close()
+        late = build(model)
+        assert answer(late, ask(ids, 4))[0] == expected
+        late.close()
         graph, _ = recorded.result()
     numbers.zero_()
     graph.replay()

@@ -12,6 +12,8 @@ import pytest
 from interleavings import Ask, Forget, Interleaving, Machine, Restart, Run, Settle, check_interleavings
 from redis_server import RedisServer
 
+from aquifer.server.engine import selective
+
 _BLOCK = 25
 """Interleavings of one test."""
 
@@ -24,6 +26,12 @@ def small_redis() -> Iterator[RedisServer]:
     server = RedisServer("--maxmemory", "8mb", "--maxmemory-policy", "allkeys-lru")
     yield server
     server.remove()
+
+
+@pytest.fixture(autouse=True)
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts find room for the rows of a single step on machines that are small, and for all on others."""
+    monkeypatch.setattr(selective, "ROW_CACHE_STEPS", 1)
 
 
 @pytest.mark.parametrize("first", range(0, _COUNT, _BLOCK))

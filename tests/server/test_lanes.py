@@ -4,10 +4,12 @@ from collections.abc import Callable
 from functools import partial
 
 import pytest
+import torch
 from asking import answer, ask, prompt, submit
 from tiny_models import DEVICE, greedy_reference, tiny_model
 
 from aquifer.server.engine import graphs, selective
+from aquifer.server.engine.admission import Plan
 from aquifer.server.engine.engine import Engine
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cuda", reason="steps are recorded on a CUDA device")
@@ -32,13 +34,17 @@ def test_with_the_whole_prompt_chosen_answers_equal_those_of_plain_steps(
     assert found == expected
 
 
-@pytest.mark.parametrize("steps", [2, selective.ROW_CACHE_STEPS])
+@pytest.mark.parametrize("crowded", [True, False])
 def test_a_request_answers_alike_alone_and_beside_others(
-    steps: int, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+    crowded: bool, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With rows of so many steps on the device, or all of them."""
-    monkeypatch.setattr(selective, "ROW_CACHE_STEPS", steps)
-    engine = make_engine(tiny_model("llama", head_dim=64))
+    """With rows of two steps on the device, or all of them."""
+    monkeypatch.setattr(selective, "ROW_CACHE_STEPS", 2 if crowded else 16)
+    engine = make_engine(tiny_model("llama", head_dim=64), max_running=64 if crowded else 8)
+    for length in (700, 1300, 2000):
+        plan = engine._admission.plan(ask(prompt(1, length), 12, mode="selective", budget=0.2))
+        assert isinstance(plan, Plan) and plan.selection
+        assert plan.selection.keeps_all(plan.segments) != crowded
     requests = [(prompt(seed, length), 0.2) for seed, length in ((1, 700), (2, 1300), (3, 2000))]
     alone = [answer(engine, ask(ids, 12, mode="selective", budget=budget))[0] for ids, budget in requests]
     events = [submit(engine, ask(ids, 12, mode="selective", budget=budget)) for ids, budget in requests]
@@ -54,9 +60,20 @@ def test_rows_that_come_beside_the_steps_are_those_that_steps_fetch(
 
     engine = make_engine(tiny_model("llama", head_dim=64))
     request = partial(ask, prompt(3, 2000), 24, mode="selective", budget=0.1)
+    load_layer, loads = lanes.LaneCache.load_layer, []
+
+    def watched(cache: lanes.LaneCache) -> torch.cuda.Event | None:
+        loads.append(load_layer(cache))
+        return loads[-1]
+
+    monkeypatch.setattr(lanes.LaneCache, "load_layer", watched)
+    made = answer(engine, request())[0]
+    assert not any(loads), "they were there as they were made"
     loaded = answer(engine, request())[0]
-    monkeypatch.setattr(lanes, "load_rows_of", lambda caches: None)
-    assert answer(engine, request())[0] == loaded
+    assert any(loads)
+    monkeypatch.setattr(lanes, "load_rows_of", lambda *args: None)
+    fetched = answer(engine, request())[0]
+    assert made == loaded == fetched
 
 
 def test_verified_answers_equal_those_of_generate(make_engine: MakeEngine) -> None:

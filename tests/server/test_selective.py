@@ -1,6 +1,7 @@
 """What selective attention reads: the right rows, fetched once while they stay, no more than the budget."""
 
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from aquifer.compression.landmarks import TokenCodec
 from aquifer.compression.spec import KVSpec
 from aquifer.server.engine import selective
+from aquifer.server.engine.host_memory import until_read
 from aquifer.server.engine.index import IndexPool, index_pages
 from aquifer.server.engine.pages import BlockTable, PagePool
 from aquifer.server.engine.selective import RowCache, Selection, indexed_tokens, selected_tokens
@@ -132,6 +134,18 @@ def test_an_index_is_bounded_by_host_and_by_device_memory() -> None:
     assert index.capacity_bytes == 3 * device_page == sum(tensor.nbytes for tensor in on_device)
     assert index.rows.nbytes == 3 * host_page and index.row_bytes == 8 + 8
     assert index_pages(codec, 0, 1 << 40) == 0
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_rows_are_handed_on_as_they_go_to_the_host(heads: int) -> None:
+    """Side by side, as kernels read them."""
+    spec = replace(SPEC, num_kv_heads=heads)
+    index = IndexPool(TokenCodec(spec, None, DEVICE), 1, DEVICE, keep=False)
+    kv = torch.randn(2, heads, 9, spec.head_dim, device=DEVICE)
+    rows = index.write(0, [(5, 14)], *kv)
+    until_read(DEVICE)
+    assert rows.is_contiguous()
+    assert torch.equal(rows.cpu(), index.rows[0, 5:14])
 
 
 @pytest.mark.parametrize("what", ["index", "sinks"])

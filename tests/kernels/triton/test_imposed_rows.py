@@ -1,6 +1,7 @@
 """The kernel by which benchmarks decide what recorded steps choose; see aquifer.benchmarks.selection."""
 
-from typing import get_args
+from collections import deque
+from typing import cast, get_args
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from aquifer.benchmarks.selection_cuda import imposed_on_lanes
 from aquifer.compression.spec import KVSpec
 from aquifer.kernels.triton.lanes import NOBODY, Lane
 from aquifer.server.engine import lanes as engine_lanes
+from aquifer.server.engine import reading
+from aquifer.server.engine.parts import EngineParts
 
 SPEC = KVSpec(num_layers=2, num_kv_heads=2, head_dim=16, dtype=torch.float32, rope="")
 SINKS = 4
@@ -51,11 +54,13 @@ def test_the_kernel_chooses_what_the_row_cache_is_told_elsewhere(
 
 
 def test_where_no_row_may_be_found_none_comes_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    loads: list[object] = []
-    monkeypatch.setattr(engine_lanes, "load_rows_of", loads.append)
+    came: list[str] = []
+    monkeypatch.setattr(engine_lanes, "load_rows_of", lambda *args: came.append("loaded"))
+    monkeypatch.setattr(reading, "cells_to_fill", lambda *args: came.append("filled"))
     rows = Rows(SPEC, torch.device("cpu"))
     for kind in get_args(RowsKind):
         rows.use(kind)
         with imposed_on_lanes(rows._missed, lambda: rows.lets_rows_come):
-            engine_lanes.load_rows_of([])
-    assert len(loads) == len(get_args(RowsKind)) - 1
+            engine_lanes.load_rows_of([], deque())
+            reading.cells_to_fill(cast(EngineParts, None), None, [], [], [])
+    assert came == ["loaded", "filled"] * (len(get_args(RowsKind)) - 1)

@@ -4,6 +4,7 @@ interpreter instead of being replayed."""
 from __future__ import annotations
 
 import random
+from collections import deque
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -123,7 +124,8 @@ class Setting:
 
 @pytest.fixture(params=[True, False], ids=["shared", "per head"])
 def setting(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Setting:
-    """Where there is room for all rows."""
+    """Where there is room for all rows, and they come at once."""
+    monkeypatch.setattr(lanes, "STEPS_BEFORE_LOADING", 0)
     if device.type == "cpu":  # the interpreter takes them one by one
         for module in (landmarks, row_attention, select):
             monkeypatch.setattr(module, "PROGRAMS", 4)
@@ -213,10 +215,31 @@ def test_rows_that_all_have_room_come_beside_the_first_steps(setting: Setting, l
     spec = setting.parts.adapter.spec
     every_row = spec.num_layers * spec.num_kv_heads * 512 * setting.index.row_bytes
     chosen, hits, fetched = first
-    assert hits == 0
-    assert fetched == chosen * setting.index.row_bytes + every_row
+    assert fetched == (chosen - hits) * setting.index.row_bytes + every_row
     assert [fast for _, fast in later] == [(chosen, chosen, 0)] * 2  # nothing more is fetched
     assert launched.count("_load_rows") == spec.num_layers
+
+
+def test_short_answers_load_nothing(
+    setting: Setting, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes, "STEPS_BEFORE_LOADING", 2)
+    for number, (_, (chosen, hits, fetched)) in enumerate(steps_of_both_kinds(setting, steps=3)):
+        assert ("_load_rows" in launched) or number < 2
+        assert (fetched > (chosen - hits) * setting.index.row_bytes) == (number == 2)
+
+
+def test_few_layers_are_on_the_way_at_a_time(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes, "LAYERS_ON_THE_WAY", 3)
+    caches = [setting.read(length, 0.2)[1] for length in (300, 530, 600)]
+    on_the_way: deque[torch.cuda.Event] = deque()
+    lanes.load_rows_of(caches, on_the_way)
+    # Both layers of the first one, and one of the next.
+    assert [len(cache._loads) for cache in caches] == [2, 1, 0]
+    if setting.pool.keys.is_cuda:
+        torch.cuda.synchronize()
+    lanes.load_rows_of(caches, on_the_way)
+    assert [len(cache._loads) for cache in caches] == [2, 2, 2]
 
 
 def test_rows_that_are_made_for_a_request_are_never_fetched(setting: Setting, launched: list[str]) -> None:
@@ -244,15 +267,14 @@ def test_pages_are_given_back_behind_what_is_being_loaded(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waited: list[object] = []
-    lane = setting.read(600, 0.2)[1]
-    lane.release()
-    setting.fast.step([Rows([7], 600, lane)])
-    queues = lanes.queues_of(setting.pool.keys.device)
-    monkeypatch.setattr(queues, "let_caller_wait", waited.append)
+    lane, queues = setting.read(600, 0.2)[1], lanes.queues_of(setting.pool.keys.device)
     monkeypatch.setattr(lanes, "queues_of", lambda device: queues)
-    last = lane._loads[-1]
+    monkeypatch.setattr(queues, "let_caller_wait", waited.append)
     lane.release()
-    assert waited == [last]
+    assert not waited
+    loads = lane.load_layer(), lane.load_layer()
+    lane.release()
+    assert waited == [loads[-1]]
 
 
 def test_a_request_answers_alike_alone_and_beside_others(setting: Setting, launched: list[str]) -> None:
@@ -264,11 +286,16 @@ def test_a_request_answers_alike_alone_and_beside_others(setting: Setting, launc
     assert launched
 
 
-def test_a_request_counts_what_it_holds_of_the_device(crowded: Setting) -> None:
+def test_a_request_counts_what_it_holds_of_the_device(
+    crowded: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain, fast = crowded.read(600, 0.2)
     layers, sets = 2, crowded.lanes._sets
     maps = 4 * layers * sets * (508 + 2 * 2 * 64)
     assert fast.held_bytes > plain.held_bytes == maps
+    monkeypatch.setattr(selective, "ROW_CACHE_STEPS", 16)
+    filled, unfilled = (crowded.read(600, 0.2, filled=filled)[1] for filled in (True, False))
+    assert unfilled.held_bytes - filled.held_bytes == 4 * layers * sets * 512  # where tokens are
 
 
 def test_a_lane_takes_part_in_recorded_steps_only(setting: Setting) -> None:
