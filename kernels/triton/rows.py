@@ -33,7 +33,8 @@ CODE_BITS = 4
 """Per value of a key or value."""
 
 FETCHING_PROGRAMS = 528
-"""That fetch rows of one request; of four, and of more, as many together for every four."""
+"""That fetch rows of a single request. Where there are four or more, each has a fourth of them: often they
+find nothing to do, and starting them takes time."""
 
 BUS_PROGRAMS, ALL_PROGRAMS = 8, 264
 """That load rows from host memory, beside other work, and from the device's own."""
