@@ -235,7 +235,8 @@ def test_engines_start_answer_and_end_while_another_thread_records() -> None:
     """One that has recorded what it needs answers and ends meanwhile, another one starts."""
     model, ids = tiny_model("llama", num_hidden_layers=2, head_dim=64), prompt(1, 300)
     expected, engine = greedy_reference(model, ids, 4), build(model)
-    assert answer(engine, ask(ids, 4))[0] == expected
+    for _ in range(2):  # cold, and with the document on the device: each records what it needs
+        assert answer(engine, ask(ids, 4))[0] == expected
     recording, numbers = threading.Event(), torch.zeros(4, device=DEVICE)
     launches = itertools.count()
 
