@@ -23,7 +23,7 @@ from aquifer.benchmarks.harness import LeftOutError
 from aquifer.cachestore.keys import PromptKeys, SegmentKey, chain_keys, make_namespace
 from aquifer.compression.codec import Codec
 from aquifer.compression.spec import SEGMENT_TOKENS, SINK_TOKENS
-from aquifer.compression.wire import RecordHeader, seal
+from aquifer.compression.wire import RecordHeader, sealed
 from aquifer.server.engine.build import build_engine
 from aquifer.server.engine.engine import Engine
 from aquifer.server.engine.pages import pages_of
@@ -172,7 +172,7 @@ def plant(engine: Engine, subject: Subject, codec: Codec, token_ids: Sequence[in
 
 
 def _put(engine: Engine, key: SegmentKey, header: RecordHeader, body: memoryview) -> None:
-    if not engine.store.put(key, seal(header, body)):
+    if not engine.store.put(key, sealed(header, body)):
         raise MemoryError("the RAM tier has no room for another context")
 
 

@@ -29,7 +29,7 @@ from aquifer.cachestore.redis_link import RedisLink
 from aquifer.cachestore.redis_tier import RedisTier
 from aquifer.cachestore.store import TieredStore
 from aquifer.compression.spec import SEGMENT_TOKENS
-from aquifer.compression.wire import RecordHeader, seal, verify
+from aquifer.compression.wire import RecordHeader, sealed, verify
 
 _CPU = torch.device("cpu")
 _SOCKET_SECONDS = 30.0
@@ -133,7 +133,7 @@ def _records(body_bytes: int, count: int) -> dict[SegmentKey, bytes]:
     namespace = make_namespace("bench", token_bytes(8).hex(), "")
     keys: Sequence[SegmentKey] = chain_keys(namespace, list(range(count * SEGMENT_TOKENS))).segments
     return {
-        key: seal(
+        key: sealed(
             RecordHeader("segment", "bench", key.digest, index * SEGMENT_TOKENS, SEGMENT_TOKENS),
             token_bytes(body_bytes),
         )

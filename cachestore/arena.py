@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from aquifer.cachestore.keys import SegmentKey
-from aquifer.cachestore.tier import Counters, Lease, TierStats
+from aquifer.cachestore.tier import Counters, Fill, Lease, TierStats, copy_of
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -70,8 +70,10 @@ class Reservation:
         self._arena = arena
         self._entry = entry
 
-    def commit(self, found_in: str) -> Lease:
-        """Make the record findable and lease it. If the key was put meanwhile, that record is leased."""
+    def commit(self, found_in: str) -> tuple[Lease, bool]:
+        """Make the record findable and lease it. If the key was put meanwhile, that record is leased.
+
+        Returns the lease and whether it is of this record."""
         return self._arena._commit(self._entry, found_in)
 
     def abort(self) -> None:
@@ -144,8 +146,11 @@ class RamArena:
 
         Raises ValueError if the record is larger than a slot.
         """
-        with self._lock:
-            return self._place(key, record)[0] is not None
+        lease, _ = self.insert(key, *copy_of(record))
+        if lease is None:
+            return False
+        lease.release()
+        return True
 
     def reserve(self, key: SegmentKey, num_bytes: int) -> Reservation | None:
         """Take a slot to write a record into in place; None when every slot is leased or pinned.
@@ -162,15 +167,32 @@ class RamArena:
             start = entry.slot * self._stride
             return Reservation(self, entry, self.buffer[start : start + num_bytes])
 
-    def insert(self, key: SegmentKey, record: Buffer) -> tuple[Lease | None, bool]:
-        """Put a record and lease it in one step, so that nothing can evict it in between.
+    def insert(self, key: SegmentKey, num_bytes: int, fill: Fill) -> tuple[Lease | None, bool]:
+        """Put a record that `fill` writes where it will lie, unless there is one, and lease it before
+        anything can evict it.
 
         Returns the lease of what is stored now (None: refused) and whether this call stored it.
-        Raises ValueError if the record is larger than a slot.
+        Raises ValueError if the record is larger than a slot, and what `fill` raises; then it is not stored.
         """
         with self._lock:
-            entry, is_new = self._place(key, record)
-            return (self._lease(entry, self.name) if entry else None), is_new
+            if (present := self._entries.get(key)) is not None:
+                # Many prompts begin alike. Who puts their beginning again uses it, and what it puts behind
+                # it is new, not as old as the first of them.
+                present.rank = max(present.rank, self._rank_of_new(key))
+                return self._lease(present, self.name), False
+        started = time.perf_counter()
+        reservation = self.reserve(key, num_bytes)
+        if reservation is None:
+            return None, False
+        try:
+            fill(reservation.buffer)  # without the lock: others read and write their records meanwhile
+        except BaseException:
+            reservation.abort()
+            raise
+        committed = reservation.commit(self.name)
+        with self._lock:
+            self._counters.write_seconds += time.perf_counter() - started
+        return committed
 
     def contains(self, keys: Sequence[SegmentKey]) -> list[bool]:
         with self._lock:
@@ -225,26 +247,6 @@ class RamArena:
 
     # Below here the lock is held, except in `_commit`, `_release` and `_abort`, which take it.
 
-    def _place(self, key: SegmentKey, record: Buffer) -> tuple[_Entry | None, bool]:
-        started = time.perf_counter()
-        source = memoryview(record).cast("B")
-        if (present := self._entries.get(key)) is not None:
-            # Many prompts begin alike. Who puts their beginning again uses it, and what it puts behind
-            # it is new, not as old as the first of them.
-            present.rank = max(present.rank, self._rank_of_new(key))
-            self._offer(present)
-            return present, False
-        entry = self._take_slot(key, source.nbytes)
-        if entry is None:
-            return None, False
-        # Under the lock on purpose: the copy holds the GIL anyway, so nothing else could run.
-        start = entry.slot * self._stride
-        self.buffer[start : start + source.nbytes] = source
-        self._link(entry)
-        self._offer(entry)
-        self._counters.write_seconds += time.perf_counter() - started
-        return entry, True
-
     def _take_slot(self, key: SegmentKey, num_bytes: int) -> _Entry | None:
         """Find a slot, evicting if need be, for a record that nobody can find yet."""
         if num_bytes > self.slot_bytes:
@@ -261,16 +263,15 @@ class RamArena:
         self._entries[entry.key] = entry
         self._counters.write_bytes += entry.length
 
-    def _commit(self, entry: _Entry, found_in: str) -> Lease:
-        """Link a reserved entry and hand its lease on; the lease of what is there, if another was first."""
+    def _commit(self, entry: _Entry, found_in: str) -> tuple[Lease, bool]:
+        """Link a reserved entry, unless another one was first, and lease what is there."""
         with self._lock:
-            if (present := self._entries.get(entry.key)) is not None:
-                self._give_back(entry)
-                return self._lease(present, found_in)
-            self._link(entry)
-            lease = self._lease(entry, found_in)
+            present = self._entries.get(entry.key)
+            if present is None:
+                self._link(entry)
+            lease = self._lease(present or entry, found_in)
             self._give_back(entry)
-            return lease
+            return lease, present is None
 
     def _rank_of_new(self, key: SegmentKey) -> tuple[int, int]:
         """Join the parent's prefix, one deeper; without a parent here, begin a new prefix."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from aquifer.cachestore.arena import RamArena, Reservation
 from aquifer.cachestore.keys import SegmentKey
 from aquifer.cachestore.redis_tier import RedisTier
-from aquifer.cachestore.tier import Lease, TierStats
+from aquifer.cachestore.tier import Fill, Lease, TierStats, copy_of, lease_of_own
 from aquifer.cachestore.write_behind import WriteBehind
 
 if TYPE_CHECKING:
@@ -90,21 +90,22 @@ class TieredStore:
 
         Raises ValueError if the record is larger than the arena's slot.
         """
-        lease, is_new = self.insert(key, record)
+        lease, is_new = self.insert(key, *copy_of(record))
         if lease is not None:
             lease.release()
         return is_new or lease is not None
 
-    def insert(self, key: SegmentKey, record: Buffer) -> tuple[Lease | None, bool]:
-        """Put a record, and lease what RAM holds of this key then, so that nothing can evict it in between.
+    def insert(self, key: SegmentKey, num_bytes: int, fill: Fill) -> tuple[Lease | None, bool]:
+        """Put a record that `fill` writes, and lease what RAM holds of this key then, so that nothing can
+        evict it in between.
 
         Returns the lease (None: RAM has no room) and whether a tier took the record by this call.
-        Raises ValueError if the record is larger than the arena's slot.
+        Raises ValueError if the record is larger than the arena's slot, and what `fill` raises.
         """
-        lease, is_new = self.ram.insert(key, record)
+        lease, is_new = self.ram.insert(key, num_bytes, fill)
         if self._write_behind is not None and (is_new or lease is None):
-            second = self.ram.insert(key, record)[0] if lease is not None else None
-            queued = self._write_behind.offer(key, second or Lease(memoryview(bytes(record)), "ram"))
+            second = self.ram.insert(key, num_bytes, fill)[0] if lease is not None else None
+            queued = self._write_behind.offer(key, second or lease_of_own(num_bytes, fill, self.ram.name))
             return lease, is_new or queued
         return lease, is_new
 
@@ -182,7 +183,7 @@ class _Promotion:
         if isinstance(place, memoryview):
             self.leases[index] = Lease(place.toreadonly(), RedisTier.name)
         else:
-            self.leases[index] = place.commit(RedisTier.name)
+            self.leases[index], _ = place.commit(RedisTier.name)
 
     def abandon(self, index: int) -> None:
         place = self._arriving.pop(index)

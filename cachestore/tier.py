@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
@@ -45,6 +45,27 @@ class Lease:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+Fill = Callable[[memoryview], None]
+"""Writes a record into memory of just its size; called again if it is wanted in another place."""
+
+
+def copy_of(record: Buffer) -> tuple[int, Fill]:
+    """The size of a record, and what writes a copy of it."""
+    source = memoryview(record).cast("B")
+
+    def fill(target: memoryview) -> None:
+        target[:] = source
+
+    return source.nbytes, fill
+
+
+def lease_of_own(num_bytes: int, fill: Fill, tier: str) -> Lease:
+    """A record in memory of its own, which goes with its last view."""
+    memory = memoryview(bytearray(num_bytes))
+    fill(memory)
+    return Lease(memory.toreadonly(), tier)
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,21 +72,30 @@ def record_bytes(body_bytes: int) -> int:
     return HEADER_BYTES + body_bytes + CHECKSUM_BYTES
 
 
-def seal(header: RecordHeader, body: Buffer) -> bytes:
-    """Wrap `body` into a record. Raises ValueError if the header does not fit its area."""
-    view = memoryview(body).cast("B")
+def seal(record: memoryview, header: RecordHeader) -> None:
+    """Make a record of memory in which the body stands in its place (`body_of`): write header and checksum.
+
+    record: [record_bytes(body)] bytes. Raises ValueError if the header does not fit its area.
+    """
     if len(header.chain) != CHAIN_BYTES:
         raise ValueError(f"a chain digest has {CHAIN_BYTES} bytes, not {len(header.chain)}")
-    packed = msgpack.packb(asdict(header) | {"body_bytes": view.nbytes})
+    packed = msgpack.packb(asdict(header) | {"body_bytes": body_of(record).nbytes})
     if _PREFIX.size + len(packed) > HEADER_BYTES:
         raise ValueError(
             f"a record header takes at most {HEADER_BYTES - _PREFIX.size} bytes, this one {len(packed)}: "
             "shorten the codec fingerprint"
         )
-    head = (_PREFIX.pack(MAGIC, VERSION, len(packed)) + packed).ljust(HEADER_BYTES, b"\0")
-    digest = xxhash.xxh3_128(head)
-    digest.update(view)
-    return b"".join((head, view, digest.digest()))
+    record[:HEADER_BYTES] = (_PREFIX.pack(MAGIC, VERSION, len(packed)) + packed).ljust(HEADER_BYTES, b"\0")
+    record[-CHECKSUM_BYTES:] = xxhash.xxh3_128_digest(record[:-CHECKSUM_BYTES])
+
+
+def sealed(header: RecordHeader, body: Buffer) -> bytes:
+    """A record around a copy of `body`. Raises as `seal` does."""
+    view = memoryview(body).cast("B")
+    record = memoryview(bytearray(record_bytes(view.nbytes)))
+    body_of(record)[:] = view
+    seal(record, header)
+    return bytes(record)
 
 
 def verify(record: Buffer, chain: bytes) -> None:

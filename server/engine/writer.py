@@ -20,10 +20,10 @@ from torch import Tensor
 
 from aquifer.cachestore.keys import SegmentKey
 from aquifer.cachestore.store import TieredStore
-from aquifer.cachestore.tier import Lease
+from aquifer.cachestore.tier import Fill, Lease, lease_of_own
 from aquifer.compression.codec import Codec
 from aquifer.compression.spec import SINK_TOKENS, Encoded
-from aquifer.compression.wire import RecordHeader, RecordKind, body_of, seal
+from aquifer.compression.wire import RecordHeader, RecordKind, body_of, record_bytes, seal
 from aquifer.server.engine.fetch import StoredRecord
 from aquifer.server.engine.records import segment_span
 from aquifer.server.engine.runner import LayerKV
@@ -136,9 +136,8 @@ class SegmentWriter:
             (body,), (damaged,) = self._encode(self._codecs[job.kind], [job], _mark(job.keys))
             if damaged:
                 raise ValueError(f"{_name(job)} holds values that are not finite")
-            sealed = self._seal(job, body)
-            lease = self._store_record(job, sealed) if keep else None
-            lease = lease or Lease(memoryview(sealed), "own")
+            lease = self._store_record(job, body) if keep else None
+            lease = lease or lease_of_own(*self._sealing(job, body), "own")
             records.append(StoredRecord(lease, body_of(lease.data)))
         return records
 
@@ -162,7 +161,7 @@ class SegmentWriter:
                 # What it would spread to is this segment only: the request goes on without storing it.
                 log.warning("segment not stored: values that are not finite", segment=_name(job))
                 continue
-            lease = self._store_record(job, self._seal(job, body))
+            lease = self._store_record(job, body)
             if lease is not None:
                 lease.release()
 
@@ -203,19 +202,26 @@ class SegmentWriter:
             self._stream.synchronize()
         return Encoded(list(host.split(sizes)), damaged)
 
-    def _store_record(self, job: WriteJob, record: bytes) -> Lease | None:
+    def _store_record(self, job: WriteJob, body: Tensor) -> Lease | None:
         """Hand a record to the tiers. Returns the lease of what RAM holds, if it has room."""
-        lease, is_new = self._store.insert(job.key, record)
+        size, fill = self._sealing(job, body)
+        lease, is_new = self._store.insert(job.key, size, fill)
         if is_new:
             spec = self._codecs[job.kind].spec
             self._metrics.kv_raw_bytes.inc(job.num_tokens * spec.bytes_per_token)
-            self._metrics.kv_stored_bytes.inc(len(record))
+            self._metrics.kv_stored_bytes.inc(size)
         return lease
 
-    def _seal(self, job: WriteJob, body: Tensor) -> bytes:
+    def _sealing(self, job: WriteJob, body: Tensor) -> tuple[int, Fill]:
+        """The size of a record, and what writes it: copying and hashing leave the interpreter to others."""
         fingerprint = self._codecs[job.kind].fingerprint
         header = RecordHeader(job.kind, fingerprint, job.key.digest, job.start, job.num_tokens)
-        return seal(header, body.numpy().data)
+
+        def fill(record: memoryview) -> None:
+            torch.frombuffer(body_of(record), dtype=torch.uint8).copy_(body)
+            seal(record, header)
+
+        return record_bytes(body.numel()), fill
 
 
 def _mark(keys: Tensor) -> torch.cuda.Event | None:

@@ -198,3 +198,46 @@ def test_bookkeeping_stays_bounded_when_records_are_only_read() -> None:
     for _ in range(1000):
         touch(arena, keys)
     assert len(arena._idle) <= 2 * arena.num_slots + 17
+
+
+def test_a_record_is_written_in_place_while_others_use_the_arena() -> None:
+    arena = RamArena(4 * 256, 256)
+    there, new = chain(2)
+    arena.put(there, b"there")
+
+    def fill(target: memoryview) -> None:
+        target[:] = b"new"
+        assert held(arena, (there, new)) == [0]  # a lock held meanwhile would stop this for ever
+        touch(arena, (there,))
+
+    lease, is_new = arena.insert(new, 3, fill)
+    assert lease is not None and is_new and bytes(lease.data) == b"new"
+    lease.release()
+    assert arena.open_leases == 0
+
+
+def test_who_stores_a_record_while_another_one_writes_it_wins() -> None:
+    arena = RamArena(2 * 256, 256)
+    (key,) = chain(1)
+
+    def fill(target: memoryview) -> None:
+        target[:] = b"second"
+        assert arena.put(key, b"first")
+
+    lease, is_new = arena.insert(key, 6, fill)
+    assert lease is not None and not is_new and bytes(lease.data) == b"first"
+    lease.release()
+    assert arena.stats().used_bytes == 256 and arena.open_leases == 0
+
+
+def test_a_record_that_cannot_be_written_leaves_nothing_behind() -> None:
+    arena = RamArena(256, 256)
+    (key,) = chain(1)
+
+    def fill(target: memoryview) -> None:
+        raise OSError("no body")
+
+    with pytest.raises(OSError, match="no body"):
+        arena.insert(key, 6, fill)
+    assert arena.stats().used_bytes == 0 and arena.open_leases == 0
+    assert arena.put(key, b"later")

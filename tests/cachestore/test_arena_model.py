@@ -101,7 +101,8 @@ class ArenaModel(RuleBasedStateMachine):
         place = data.draw(st.integers(0, len(self.reserved) - 1))
         before = self.resident()
         reservation, key, record = self.reserved.pop(place)
-        lease = reservation.commit("redis")
+        lease, is_new = reservation.commit("redis")
+        assert is_new == (key not in before)
         if key not in before:
             self.last_put[key] = record
         assert self.resident() == before | {key}

@@ -15,14 +15,14 @@ from aquifer.compression.wire import (
     WireError,
     open_record,
     record_bytes,
-    seal,
+    sealed,
     verify,
 )
 
 CHAIN = bytes(range(32))
 HEADER = RecordHeader(kind="segment", codec="0f" * 16, chain=CHAIN, start=256, num_tokens=256)
 BODY = bytes(i * 37 % 251 for i in range(300))
-RECORD = seal(HEADER, BODY)
+RECORD = sealed(HEADER, BODY)
 
 
 def open_as(header: RecordHeader, record: bytes = RECORD) -> memoryview:
@@ -102,6 +102,6 @@ def test_an_unknown_header_field_does_not_open() -> None:
 
 def test_a_header_that_does_not_fit_is_refused_at_writing() -> None:
     with pytest.raises(ValueError, match="fingerprint"):
-        seal(replace(HEADER, codec="f" * 300), BODY)
+        sealed(replace(HEADER, codec="f" * 300), BODY)
     with pytest.raises(ValueError, match="32 bytes"):
-        seal(replace(HEADER, chain=b"short"), BODY)
+        sealed(replace(HEADER, chain=b"short"), BODY)
