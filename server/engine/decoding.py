@@ -125,8 +125,10 @@ class Verified:
         return choices
 
     def release(self) -> None:
-        self._cheap.release()
-        self._exact.release()
+        try:
+            self._cheap.release()
+        finally:
+            self._exact.release()
 
     def _draft(self, result: StepResult) -> None:
         if isinstance(result, Tensor):

@@ -69,6 +69,7 @@ class Queues:
 
     @cached_property
     def rows(self) -> Queue:
+        """Made where it is used: never by the queues that restores are recorded on."""
         return Queue(self._device, self._priority)
 
     def callers(self) -> torch.cuda.Event:

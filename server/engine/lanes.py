@@ -145,12 +145,13 @@ class LaneCache:
         if self._step < STEPS_BEFORE_LOADING or layer >= self._layers:
             return None
         index, queues = self._parts.index, queues_of(self._parts.pool.keys.device)
-        queues.rows.after(queues.callers())  # who makes the rows, and may have had the pages
-        with queues.rows.here():
+        loading = queues.rows
+        loading.after(queues.callers())  # who makes the rows, and may have had the pages
+        with loading.here():
             self._fill(layer, index.rows[layer])
-        self._loads.append(queues.rows.mark())
-        num_bytes = self._tail_from * self._parts.adapter.spec.num_kv_heads * index.row_bytes
-        self._parts.metrics.fetched_bytes.labels(mode="selective").inc(num_bytes)
+        self._loads.append(loading.mark())
+        rows = (self._tail_from - SINK_TOKENS) * self._parts.adapter.spec.num_kv_heads
+        self._parts.metrics.fetched_bytes.labels(mode="selective").inc(rows * index.row_bytes)
         return self._loads[-1]
 
     def release(self) -> None:
@@ -208,7 +209,7 @@ class SelectiveLanes:
         return attend_rows(q, keys, values, *coded, lanes, sets=self._sets, sinks=SINK_TOKENS)
 
     def done(self) -> None:
-        counted = self._counters.tolist()  # the device is idle anyway
+        counted = self._counters.tolist()  # the step that was waited for was the last to count
         chosen, fetched = (now - old for now, old in zip(counted, self._reported, strict=True))
         self._reported = counted
         self._metrics.selected_tokens.inc(chosen * self._rows_each)

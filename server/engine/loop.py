@@ -76,6 +76,10 @@ class StepLoop:
         self._decoding: list[RequestState] = []
         self._unsent: deque[tuple[RequestState, Choice, bool]] = deque()
         """Tokens of the last step, and whether they end their answer."""
+        self._sends_beside_steps = parts.adapter.device.type == "cuda"
+        """Whether tokens wait until the next step is being computed."""
+        self._unsendable: dict[RequestState, Exception] = {}
+        """Answers whose tokens could not be sent. The step that was running then still reads their caches."""
         self._fetch_threads = ThreadPoolExecutor(2, thread_name_prefix="aquifer-fetch")
 
     @property
@@ -112,14 +116,20 @@ class StepLoop:
 
     def cancel(self, request_id: str) -> None:
         state = self._requests.get(request_id)
-        if state is not None:
+        if state is None:
+            return
+        try:
             self._finish(state, "cancelled")
+        except Exception as error:
+            self._fail(state, error)
 
     def turn(self) -> None:
         """Bring everything one step further."""
         self._admit()
         self._read()
         self._decode()
+        if not self._sends_beside_steps:
+            self._send_tokens()
         self._writer.pump(self._write_limit())
         if not (self._reading or self._decoding):
             self._writer.wait(_WRITE_POLL_SECONDS)
@@ -269,14 +279,15 @@ class StepLoop:
             return
         try:
             rows = [state.next_rows() for state in batch]
-            results = self._runner.step(rows, self._send_tokens)
+            results = self._runner.step(rows, self._try_to_send)
         except Exception as error:
             self._send_tokens()
             for state in self._decoding.copy():
                 self._fail(state, error)
             return
+        self._send_tokens()
         for state, result in zip(batch, results, strict=True):
-            if state.phase is Phase.DONE:  # what it sent meanwhile failed
+            if state.phase is Phase.DONE:  # what it gave before could not be sent
                 continue
             try:
                 self._emit(state, state.take(result))
@@ -300,15 +311,21 @@ class StepLoop:
                 return
 
     def _send_tokens(self) -> None:
-        """Send what was not sent yet."""
+        """Send what was not sent yet, and end answers where that fails."""
+        self._try_to_send()
+        while self._unsendable:
+            self._fail(*self._unsendable.popitem())
+
+    def _try_to_send(self) -> None:
+        """Send what was not sent yet, and end nothing."""
         while self._unsent:
             state, choice, ended = self._unsent.popleft()
-            if state.phase is Phase.DONE:  # the one before failed
+            if state.phase is Phase.DONE or state in self._unsendable:
                 continue
             try:
                 gap = state.send(choice, ended=ended)
             except Exception as error:
-                self._fail(state, error)
+                self._unsendable[state] = error
                 continue
             self._metrics.generation_tokens.inc()
             if gap is None:
@@ -331,6 +348,8 @@ class StepLoop:
 
     def _finish(self, state: RequestState, reason: FinishReason) -> None:
         self._send_tokens()
+        if state.phase is Phase.DONE:  # that failed
+            return
         self._drop(state)
         parts, prompt_tokens = self._parts, len(state.request.token_ids)
         state.finish(reason, prompt_usage(parts.codec, parts.raw, prompt_tokens, state.plan.mode))
@@ -354,12 +373,12 @@ class StepLoop:
         state.restores.clear()
         self._claims.drop_all(state)
         if running:
-            try:
-                if state.decoding is not None:
-                    state.decoding.release()
-                state.cache.release()
-            except RuntimeError as error:  # the device does nothing any more, then
-                log.error("the device failed", exc_info=error)
+            for cache in (state.decoding, state.cache):
+                try:
+                    if cache is not None:
+                        cache.release()
+                except RuntimeError as error:  # the device does nothing any more, then
+                    log.error("the device failed", exc_info=error)
             self._admission.release(state.room)
 
 

@@ -294,12 +294,14 @@ class PagedCache:
 
     def release(self) -> None:
         """End the leases of the stored segments; see SequenceCache."""
-        if self.host:
-            until_read(self._pool.keys.device)
-        for segment in self.host.values():
-            segment.release()
-        self.host.clear()
-        self._prepared = None
+        try:
+            if self.host:
+                until_read(self._pool.keys.device)
+        finally:  # a device that failed reads nothing any more
+            for segment in self.host.values():
+                segment.release()
+            self.host.clear()
+            self._prepared = None
 
     def read(self, layer: int, runs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         """Keys and values [H, T, D] in the slots of `runs`."""
