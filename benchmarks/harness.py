@@ -91,26 +91,32 @@ class Report:
         Returns the new rows by name, for figures that follow from the seconds.
         """
         samples: dict[Contestant, list[float]] = {contestant: [] for contestant in contestants}
-        for turn in range(repeat + 1):
-            if turn == 1:  # what stands now is not searched for garbage again, as in a service
-                gc.collect()
-                gc.freeze()
-            for contestant in list(samples):
-                try:
-                    seconds = contestant.run()
-                except LeftOutError as error:
-                    self.left_out[contestant.name] = str(error)
-                    del samples[contestant]
-                    continue
-                if turn:
-                    samples[contestant].append(seconds)
-        gc.unfreeze()
+        try:
+            for turn in range(repeat + 1):
+                if turn == 1:  # what stands now is not searched for garbage again, as in a service
+                    gc.collect()
+                    gc.freeze()
+                self._take_turns(samples, counted=turn > 0)
+        finally:
+            gc.unfreeze()
         rows = {}
         for contestant, runs in samples.items():
             figures = {"seconds": statistics.median(runs), "spread_percent": spread(runs)}
             rows[contestant.name] = Row(contestant.name, contestant.role, figures)
         self.rows += rows.values()
         return rows
+
+    def _take_turns(self, samples: dict[Contestant, list[float]], *, counted: bool) -> None:
+        """Run each contestant once; leave out for good who raises LeftOutError."""
+        for contestant in list(samples):
+            try:
+                seconds = contestant.run()
+            except LeftOutError as error:
+                self.left_out[contestant.name] = str(error)
+                del samples[contestant]
+                continue
+            if counted:
+                samples[contestant].append(seconds)
 
     def compare(self) -> None:
         """Give every row the ratio of its seconds to those of our first row: `times` as long as ours."""

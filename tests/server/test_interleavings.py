@@ -11,6 +11,7 @@ from typing import Self
 import pytest
 from interleavings import Ask, Forget, Interleaving, Machine, Restart, Run, Settle, check_interleavings
 from redis_server import RedisServer
+from tiny_models import DEVICE
 
 from aquifer.server.engine import selective
 
@@ -30,8 +31,13 @@ def small_redis() -> Iterator[RedisServer]:
 
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drafts find room for the rows of a single step on machines that are small, and for all on others."""
+    """Drafts find room for the rows of a single step on machines that are small, and for all on others, where
+    a device loads them from the first step on."""
     monkeypatch.setattr(selective, "ROW_CACHE_STEPS", 1)
+    if DEVICE.type == "cuda":
+        from aquifer.server.engine import lanes  # imports Triton
+
+        monkeypatch.setattr(lanes, "STEPS_BEFORE_LOADING", 0)
 
 
 @pytest.mark.parametrize("first", range(0, _COUNT, _BLOCK))

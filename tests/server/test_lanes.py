@@ -28,9 +28,9 @@ def test_with_the_whole_prompt_chosen_answers_equal_those_of_plain_steps(
         monkeypatch.setattr(module, "selects_on_device", lambda parts: False)
     plain = make_engine(model, shared_selection=shared)
     prompts = [prompt(1, 700), prompt(2, 1300)]
-    expected = [answer(plain, ask(ids, 8, mode="selective", budget=1.0))[0] for ids in prompts]
+    expected = [answer(plain, ask(ids, 16, mode="selective", budget=1.0))[0] for ids in prompts]
     monkeypatch.undo()
-    found = [answer(recorded, ask(ids, 8, mode="selective", budget=1.0))[0] for ids in prompts]
+    found = [answer(recorded, ask(ids, 16, mode="selective", budget=1.0))[0] for ids in prompts]
     assert found == expected
 
 
@@ -74,6 +74,32 @@ def test_rows_that_come_beside_the_steps_are_those_that_steps_fetch(
     monkeypatch.setattr(lanes, "load_rows_of", lambda *args: None)
     fetched = answer(engine, request())[0]
     assert made == loaded == fetched
+
+
+def test_pages_that_rows_were_on_their_way_to_serve_the_next_request(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cancelled while its rows are being loaded; prompts that fill the device get its pages right after."""
+    from aquifer.server.engine import lanes  # imports Triton
+
+    monkeypatch.setattr(lanes, "STEPS_BEFORE_LOADING", 0)
+    model = tiny_model("llama", head_dim=64)
+    engine = make_engine(model)
+    answer(engine, ask(prompt(3, 2000), 2, mode="selective", budget=0.1))  # is selectable from now on
+    load_layer, loads = lanes.LaneCache.load_layer, []
+
+    def cancel(cache: lanes.LaneCache) -> torch.cuda.Event | None:
+        loads.append(load_layer(cache))
+        engine.cancel(request.request_id)
+        return loads[-1]
+
+    monkeypatch.setattr(lanes.LaneCache, "load_layer", cancel)
+    for seed in range(4, 10):
+        loads.clear()
+        request = ask(prompt(3, 2000), 200, mode="selective", budget=0.1)
+        assert answer(engine, request)[1].reason == "cancelled" and any(loads)
+        ids = prompt(seed, 3900)
+        assert answer(engine, ask(ids, 4, mode="resident"))[0] == greedy_reference(model, ids, 4)
 
 
 def test_verified_answers_equal_those_of_generate(make_engine: MakeEngine) -> None:

@@ -1,32 +1,53 @@
-"""Stands for the queues of a device where there is none: everything happens at once."""
+"""Stands for the queues of a device where there is none: what is asked of them is done at once, and has
+happened then, or when a test says so."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 from torch import Tensor
 
 
-class _Happened:
+class Mark:
+    """What happened, or will."""
+
+    def __init__(self, happened: bool) -> None:
+        self.happened = happened
+
     def query(self) -> bool:
-        return True
+        return self.happened
 
 
 class _NoQueue:
-    def here(self) -> contextlib.AbstractContextManager[object]:
-        return contextlib.nullcontext()
+    def __init__(self, *, late: bool) -> None:
+        """late: what is marked has not happened yet."""
+        self._late = late
+        self.log: list[object] = []
+        """What was asked of it, in order: marks that it waits for, and "work" for every piece of that."""
 
-    def after(self, *events: object) -> None: ...
+    @contextlib.contextmanager
+    def here(self) -> Iterator[None]:
+        self.log.append("work")
+        yield
 
-    def mark(self) -> _Happened:
-        return _Happened()
+    def after(self, *events: object) -> None:
+        self.log += events
+
+    def mark(self) -> Mark:
+        return Mark(not self._late)
 
     def hold(self, *tensors: Tensor) -> None: ...
 
 
 class NoQueues:
-    copies = chain = emits = rows = _NoQueue()
+    def __init__(self, *, late: bool = False) -> None:
+        self.copies, self.chain, self.emits, self.rows = (_NoQueue(late=late) for _ in range(4))
+        self.called: list[Mark] = []
+        """What the caller had queued, each time that somebody asked."""
 
-    def callers(self) -> None: ...
+    def callers(self) -> Mark:
+        self.called.append(Mark(True))
+        return self.called[-1]
 
     def let_caller_wait(self, event: object) -> None: ...

@@ -12,12 +12,13 @@ from typing import cast
 
 import pytest
 import torch
-from no_queues import NoQueues
+from no_queues import Mark, NoQueues
 from tiny_models import SHAPE
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from aquifer.compression.landmarks import TokenCodec
+from aquifer.compression.spec import SINK_TOKENS
 from aquifer.kernels.backend import PLAIN, backend_for
 from aquifer.kernels.triton import landmarks, row_attention, select
 from aquifer.kernels.triton.rows import fetch_rows
@@ -213,7 +214,7 @@ def test_with_few_chosen_steps_stay_close_and_are_counted(crowded: Setting, laun
 def test_rows_that_all_have_room_come_beside_the_first_steps(setting: Setting, launched: list[str]) -> None:
     (_, first), *later = steps_of_both_kinds(setting, steps=3)
     spec = setting.parts.adapter.spec
-    every_row = spec.num_layers * spec.num_kv_heads * 512 * setting.index.row_bytes
+    every_row = spec.num_layers * spec.num_kv_heads * (512 - SINK_TOKENS) * setting.index.row_bytes
     chosen, hits, fetched = first
     assert fetched == (chosen - hits) * setting.index.row_bytes + every_row
     assert [fast for _, fast in later] == [(chosen, chosen, 0)] * 2  # nothing more is fetched
@@ -227,6 +228,27 @@ def test_short_answers_load_nothing(
     for number, (_, (chosen, hits, fetched)) in enumerate(steps_of_both_kinds(setting, steps=3)):
         assert ("_load_rows" in launched) or number < 2
         assert (fetched > (chosen - hits) * setting.index.row_bytes) == (number == 2)
+
+
+def test_rows_are_read_when_they_stand_and_used_when_they_are_there(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queues = NoQueues(late=True)
+    monkeypatch.setattr(lanes, "queues_of", lambda device: queues)
+    _, lane = setting.read(600, 0.2)
+    loads = [cast(Mark, lane.load_layer()) for _ in range(2)]
+    assert lane.load_layer() is None
+    # Each behind what the caller has queued by then: who makes the rows, and used the pages before.
+    assert queues.rows.log == [queues.called[0], "work", queues.called[1], "work"]
+
+    def loaded() -> int:
+        return lane.next_step(600)[0].loaded
+
+    assert loaded() == 0
+    loads[1].happened = True
+    assert loaded() == 0
+    loads[0].happened = True
+    assert loaded() == 2
 
 
 def test_few_layers_are_on_the_way_at_a_time(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
