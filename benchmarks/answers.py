@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
@@ -18,8 +19,6 @@ from aquifer.server.engine.engine import Engine
 from aquifer.server.engine.restore import GROUP_SEGMENTS
 from aquifer.server.engine.types import DraftCounts, Event, FailedEvent, FinishedEvent, KVMode, TokenEvent
 from aquifer.server.metrics import Metrics
-
-Prompt = tuple[int, ...]
 
 QUESTION_TOKENS = 16
 """Computed behind a context before an answer begins."""
@@ -51,7 +50,7 @@ class Stage:
 class Answers:
     """Answers to several contexts at once, asked for again and again."""
 
-    def __init__(self, stage: Stage, prompts: Sequence[Prompt], mode: KVMode, rows: RowsKind) -> None:
+    def __init__(self, stage: Stage, prompts: Sequence[array[int]], mode: KVMode, rows: RowsKind) -> None:
         self._stage, self._engine = stage, stage.engine
         self._prompts, self._mode, self._rows = prompts, mode, rows
         self._selected = self._hits = 0.0
@@ -93,7 +92,7 @@ class Answers:
     def _ask(self) -> list[list[float]]:
         """When each token of each answer came."""
         queues: list[SimpleQueue[tuple[float, Event]]] = [SimpleQueue() for _ in self._prompts]
-        question = tuple(range(FIRST_ID, FIRST_ID + QUESTION_TOKENS))
+        question = array("i", range(FIRST_ID, FIRST_ID + QUESTION_TOKENS))
         steps, budget, mode = self._stage.steps, self._stage.budget, self._mode
         longest = longest_answer(len(self._prompts[0]), len(queues), steps)
         asked = [

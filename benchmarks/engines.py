@@ -8,6 +8,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,9 +106,9 @@ def engine_for(subject: Subject, needs: Needs, metrics: Metrics | None = None) -
         engine.close()
 
 
-def random_prompt(subject: Subject, tokens: int) -> tuple[int, ...]:
-    """Fresh random token ids."""
-    return tuple(torch.randint(FIRST_ID, subject.config.vocab_size, (tokens,)).tolist())
+def random_prompt(subject: Subject, tokens: int) -> array[int]:
+    """Fresh random token ids, as the service has them."""
+    return array("i", torch.randint(FIRST_ID, subject.config.vocab_size, (tokens,)).tolist())
 
 
 def request(
@@ -121,7 +122,7 @@ def request(
     """Read a prompt and answer with exactly so many tokens; 0: only read."""
     sampling = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
     name = f"bench-{next(_request_numbers)}"
-    return GenerateRequest(name, tuple(token_ids), sampling, mode=mode, budget=budget, store=store)
+    return GenerateRequest(name, token_ids, sampling, mode=mode, budget=budget, store=store)
 
 
 def timed_read(engine: Engine, token_ids: Sequence[int], *, store: bool) -> tuple[float, FinishedEvent]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from functools import cache
 import torch
 
 from aquifer.benchmarks.acceptance import imposed_acceptance
-from aquifer.benchmarks.answers import QUESTION_TOKENS, Answers, Prompt, Stage, longest_answer
+from aquifer.benchmarks.answers import QUESTION_TOKENS, Answers, Stage, longest_answer
 from aquifer.benchmarks.engines import Needs, engine_for, plant, random_prompt, timed_read
 from aquifer.benchmarks.geometries import Subject
 from aquifer.benchmarks.harness import Contestant, Report, Row, Run
@@ -207,7 +208,7 @@ def _described(needs: Needs, decoding: Decoding) -> dict[str, str | int | float 
     }
 
 
-def _plant_all(engine: Engine, subject: Subject, needs: Needs) -> list[Prompt]:
+def _plant_all(engine: Engine, subject: Subject, needs: Needs) -> list[array[int]]:
     codec = subject.codec(needs.codec)
     prompts = [random_prompt(subject, needs.tokens) for _ in range(needs.contexts)]
     for prompt in prompts:

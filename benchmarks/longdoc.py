@@ -14,6 +14,7 @@ redis-raw    uncompressed in Redis              redis-codec  compressed in Redis
 from __future__ import annotations
 
 import statistics
+from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -130,7 +131,7 @@ def _measure(subject: Subject, work: LongDocs, codec: str, path: PathName, redis
 
 
 def _ask_twice(
-    engine: Engine, subject: Subject, work: LongDocs, place: str, documents: Sequence[tuple[int, ...]]
+    engine: Engine, subject: Subject, work: LongDocs, place: str, documents: Sequence[array[int]]
 ) -> tuple[_Round, _Round]:
     """The second time every document is where it is kept. Nothing of them is left."""
     keeps = place in ("ram", "redis")
@@ -156,9 +157,9 @@ def _recompute_some(engine: Engine, subject: Subject, work: LongDocs) -> _Round:
 
 
 def _ask_all(
-    engine: Engine, subject: Subject, work: LongDocs, documents: Sequence[tuple[int, ...]], *, store: bool
+    engine: Engine, subject: Subject, work: LongDocs, documents: Sequence[array[int]], *, store: bool
 ) -> _Round:
-    def ask(document: tuple[int, ...]) -> FinishedEvent:
+    def ask(document: array[int]) -> FinishedEvent:
         question = random_prompt(subject, QUESTION_TOKENS)
         (event,) = engine.generate([request(document + question, work.new_tokens, store=store)])
         return event

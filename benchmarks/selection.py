@@ -105,7 +105,7 @@ def record(settings: Settings, prompt: Sequence[int], new_tokens: int, count: in
     sampling = SamplingParams(max_new_tokens=new_tokens)
     try:
         with patch.object(RowCache, "fetch", watched):
-            request = GenerateRequest("record", tuple(prompt), sampling, mode="selective", budget=budget)
+            request = GenerateRequest("record", prompt, sampling, mode="selective", budget=budget)
             (event,) = engine.generate([request])
     finally:
         engine.close()

@@ -7,6 +7,7 @@ store:   what storing adds to reading a prompt, against copying the uncompressed
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from time import perf_counter
@@ -169,12 +170,12 @@ def _check_source(prompt: Sequence[int], event: FinishedEvent, tier: str) -> Non
         raise RuntimeError(f"{len(prompt)} tokens should have come from {tier}; it was {event.cached}")
 
 
-def _question(subject: Subject, engine: Engine, prompt: Sequence[int]) -> Run:
+def _question(subject: Subject, engine: Engine, prompt: array[int]) -> Run:
     """Ask about a stored prompt: seconds until the first token of an answer, as the engine counts."""
 
     def run() -> float:
         question = random_prompt(subject, QUESTION_TOKENS)
-        (event,) = engine.generate([request((*prompt, *question), 1, store=False)])
+        (event,) = engine.generate([request(prompt + question, 1, store=False)])
         _check_source(prompt, event, "ram")
         return event.timings.ttft_seconds
 

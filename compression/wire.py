@@ -16,8 +16,8 @@ made at every use. Whatever either refuses is a miss to the caller, never a gues
 """
 
 import struct
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
 
 import msgpack
 import xxhash
@@ -32,6 +32,8 @@ CHECKSUM_BYTES = 16
 CHAIN_BYTES = 32
 
 _PREFIX = struct.Struct("<4sHH")
+_NO_CHAIN = b"\xc1" * CHAIN_BYTES
+"""Stands where a chain will. The byte is neither a type of msgpack nor part of a text in UTF-8."""
 
 
 class WireError(ValueError):
@@ -50,8 +52,7 @@ class ForeignRecordError(WireError):
     """A sound record, but not the one asked for."""
 
 
-@dataclass(frozen=True)
-class RecordHeader:
+class RecordHeader(NamedTuple):
     """What a record says about itself."""
 
     kind: RecordKind
@@ -64,7 +65,7 @@ class RecordHeader:
     num_tokens: int
 
 
-_FIELDS = {field.name for field in fields(RecordHeader)} | {"body_bytes"}
+_FIELDS = {*RecordHeader._fields, "body_bytes"}
 
 
 def record_bytes(body_bytes: int) -> int:
@@ -79,13 +80,7 @@ def seal(record: memoryview, header: RecordHeader) -> None:
     """
     if len(header.chain) != CHAIN_BYTES:
         raise ValueError(f"a chain digest has {CHAIN_BYTES} bytes, not {len(header.chain)}")
-    packed = msgpack.packb(asdict(header) | {"body_bytes": body_of(record).nbytes})
-    if _PREFIX.size + len(packed) > HEADER_BYTES:
-        raise ValueError(
-            f"a record header takes at most {HEADER_BYTES - _PREFIX.size} bytes, this one {len(packed)}: "
-            "shorten the codec fingerprint"
-        )
-    record[:HEADER_BYTES] = (_PREFIX.pack(MAGIC, VERSION, len(packed)) + packed).ljust(HEADER_BYTES, b"\0")
+    record[:HEADER_BYTES] = _header_area(header, body_of(record).nbytes)
     record[-CHECKSUM_BYTES:] = xxhash.xxh3_128_digest(record[:-CHECKSUM_BYTES])
 
 
@@ -108,18 +103,43 @@ def verify(record: Buffer, chain: bytes) -> None:
         raise ForeignRecordError(f"asked for a record with chain {chain!r}, found {header['chain']!r}")
 
 
-def open_record(record: Buffer, *, kind: RecordKind, codec: str, chain: bytes, num_tokens: int) -> memoryview:
+def open_record(record: Buffer, asked: RecordHeader) -> memoryview:
     """The body of a record that was verified when it came in. No checksum is computed.
 
     Raises WireError unless the record is of this version and says exactly what is asked for.
     """
     view = memoryview(record).cast("B")
-    header = _parse(view)
-    asked = {"kind": kind, "codec": codec, "chain": chain, "num_tokens": num_tokens}
-    for name, value in asked.items():
+    if bytes(view[:HEADER_BYTES]) == _header_area(asked, view.nbytes - record_bytes(0)):
+        return body_of(view)
+    header = _parse(view)  # says what is wrong, or packs the same in another way
+    for name, value in asked._asdict().items():
         if header[name] != value:
             raise ForeignRecordError(f"asked for a record with {name} {value!r}, found {header[name]!r}")
     return body_of(view)
+
+
+def _header_area(header: RecordHeader, body_bytes: int) -> bytes:
+    """The first HEADER_BYTES of a record. Raises ValueError if the header does not fit."""
+    kind, codec, chain, start, num_tokens = header
+    before, behind = _around_chain(kind, codec, start, num_tokens, body_bytes)
+    return before + chain + behind
+
+
+@lru_cache(maxsize=4096)
+def _around_chain(
+    kind: RecordKind, codec: str, start: int, num_tokens: int, body_bytes: int
+) -> tuple[bytes, bytes]:
+    """What stands before and behind the chain, which is all that differs between prompts."""
+    header = RecordHeader(kind, codec, _NO_CHAIN, start, num_tokens)
+    packed = msgpack.packb(header._asdict() | {"body_bytes": body_bytes})
+    if _PREFIX.size + len(packed) > HEADER_BYTES:
+        raise ValueError(
+            f"a record header takes at most {HEADER_BYTES - _PREFIX.size} bytes, this one {len(packed)}: "
+            "shorten the codec fingerprint"
+        )
+    area = (_PREFIX.pack(MAGIC, VERSION, len(packed)) + packed).ljust(HEADER_BYTES, b"\0")
+    before, _, behind = area.partition(_NO_CHAIN)
+    return before, behind
 
 
 def body_of(record: memoryview) -> memoryview:

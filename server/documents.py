@@ -109,7 +109,7 @@ class Documents:
     Record store calls may wait for Redis, so they run in threads.
     """
 
-    def __init__(self, engine: Engine, records: RecordStore, bos: tuple[int, ...]) -> None:
+    def __init__(self, engine: Engine, records: RecordStore, bos: array[int]) -> None:
         self._engine = engine
         self._records = records
         self._bos = bos
@@ -122,7 +122,7 @@ class Documents:
         self,
         tenant: str,
         document_id: str | None,
-        token_ids: tuple[int, ...],
+        token_ids: array[int],
         *,
         salt: str,
         pin: bool = False,
@@ -182,7 +182,7 @@ class Documents:
             raise UnknownDocumentError(document_id)
         return document
 
-    async def tokens(self, tenant: str, document_id: str) -> tuple[tuple[int, ...], str]:
+    async def tokens(self, tenant: str, document_id: str) -> tuple[array[int], str]:
         """Token ids (without BOS) and cache salt of a document. Raises UnknownDocumentError."""
         document = await self.get(tenant, document_id)
         blob = await asyncio.to_thread(self._records.get, _name(tenant, "tokens", document_id))
@@ -214,7 +214,7 @@ class Documents:
         if self._forgetting:
             await asyncio.wait(self._forgetting)
 
-    async def _read(self, document: Document, token_ids: tuple[int, ...]) -> FailedEvent | None:
+    async def _read(self, document: Document, token_ids: array[int]) -> FailedEvent | None:
         """Have the engine read and store a document; keep its state up to date."""
         request = GenerateRequest(
             request_id=f"document-{uuid.uuid4().hex}",
@@ -299,13 +299,13 @@ def _ended(document: Document, end: FinishedEvent | FailedEvent | None) -> Docum
     return replace(document, status="failed", error=error)
 
 
-def _pack(token_ids: tuple[int, ...]) -> bytes:
+def _pack(token_ids: array[int]) -> bytes:
     """Token ids as a blob: 32-bit integers, deflated (about 1.5 bytes per token of prose)."""
-    return zlib.compress(array("i", token_ids).tobytes(), 1)
+    return zlib.compress(token_ids.tobytes(), 1)
 
 
-def _unpack(blob: bytes) -> tuple[int, ...]:
-    return tuple(array("i", zlib.decompress(blob)))
+def _unpack(blob: bytes) -> array[int]:
+    return array("i", zlib.decompress(blob))
 
 
 def _name(tenant: str, part: str, document_id: str) -> str:

@@ -64,9 +64,10 @@ class Token:
 class Tokenizer:
     """Token ids of prompts, bounded in time and memory. Safe to use from many coroutines.
 
-    Wraps a transformers tokenizer (a fast one: there must be a Rust tokenizer inside). Results are
-    kept by the text's digest, so that a repeated document is not tokenized again. The digest is salted:
-    how fast an answer comes must not tell one tenant what another has sent.
+    Wraps a transformers tokenizer (a fast one: there must be a Rust tokenizer inside). Ids are arrays of
+    32-bit integers, the form in which a prompt is hashed. Results are kept by the text's digest, so that a
+    repeated document is not tokenized again. The digest is salted: how fast an answer comes must not tell one
+    tenant what another has sent.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Tokenizer:
             )
         self._hf_tokenizer = hf_tokenizer
         self._backend = backend
-        self._bos: tuple[int, ...] = () if hf_tokenizer.bos_token_id is None else (hf_tokenizer.bos_token_id,)
+        self._bos = array("i", [] if hf_tokenizer.bos_token_id is None else [hf_tokenizer.bos_token_id])
         self._cuttable = _is_cuttable(backend)
         # Byte-level vocabularies spell a byte as one character, so this bounds what one token covers.
         self._longest_token_chars = max(len(token) for token in backend.get_vocab())
@@ -90,18 +91,18 @@ class Tokenizer:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
 
     @property
-    def bos(self) -> tuple[int, ...]:
+    def bos(self) -> array[int]:
         """The tokens every prompt begins with: one, or none where the model knows none."""
         return self._bos
 
     async def prompt(
         self,
         inputs: str,
-        document: str | tuple[int, ...] | None = None,
+        document: str | array[int] | None = None,
         *,
         truncate: int | None = None,
         salt: str = "",
-    ) -> tuple[int, ...]:
+    ) -> array[int]:
         """Token ids of BOS + document + inputs; `truncate` keeps that many last tokens of inputs.
 
         document: text, or the tokens of one that was read before.
@@ -109,7 +110,7 @@ class Tokenizer:
         """
         return await self._run(self._prompt, inputs, document, truncate, salt)
 
-    async def document(self, text: str, *, salt: str = "") -> tuple[int, ...]:
+    async def document(self, text: str, *, salt: str = "") -> array[int]:
         """Token ids of a document, without BOS. Raises TooLongError."""
         return await self._run(self._document, text, salt)
 
@@ -136,15 +137,17 @@ class Tokenizer:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
 
     def _prompt(
-        self, inputs: str, document: str | tuple[int, ...] | None, truncate: int | None, salt: str
-    ) -> tuple[int, ...]:
-        head = self._bos + (self._document(document, salt) if isinstance(document, str) else document or ())
+        self, inputs: str, document: str | array[int] | None, truncate: int | None, salt: str
+    ) -> array[int]:
+        if isinstance(document, str):
+            document = self._document(document, salt)
+        head = self._bos + document if document else self._bos
         if truncate:
             # Only the end counts, and this much text holds it, whatever is before.
             inputs = inputs[-(truncate * self._longest_token_chars + TRUNCATE_MARGIN_CHARS) :]
-            ids = head + tuple(self._ids(inputs, salt, limit=None)[-truncate:])
+            ids = head + self._ids(inputs, salt, limit=None)[-truncate:]
         else:
-            ids = head + tuple(self._ids(inputs, salt, limit=self.max_prompt_tokens - len(head)))
+            ids = head + self._ids(inputs, salt, limit=self.max_prompt_tokens - len(head))
         self.check_length(len(ids))
         return ids
 
@@ -160,11 +163,11 @@ class Tokenizer:
         # Templates write BOS themselves; every prompt gets it from here.
         return str(text).removeprefix(self._hf_tokenizer.bos_token or "")
 
-    def _document(self, text: str, salt: str) -> tuple[int, ...]:
-        return tuple(self._ids(text, salt, limit=self.max_prompt_tokens - len(self._bos)))
+    def _document(self, text: str, salt: str) -> array[int]:
+        return self._ids(text, salt, limit=self.max_prompt_tokens - len(self._bos))
 
     def _ids(self, text: str, salt: str, limit: int | None) -> array[int]:
-        """Token ids of one text as 32-bit integers. Raises TooLongError beyond `limit` tokens."""
+        """Token ids of one text; the cache's own, so read only. Raises TooLongError beyond `limit` tokens."""
         self._refuse_early(text, limit)
         digest = blake3(text.encode(), key=blake3(salt.encode()).digest()).digest()
         ids = self._cache.get(digest)

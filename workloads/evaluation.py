@@ -137,7 +137,7 @@ def load_items(plan: EvalPlan, tokenizer: PreTrainedTokenizerBase, settings: Set
             else:
                 ids = await prompts.prompt(sample.inputs, sample.document)
             answer_ids = tokenizer.encode(sample.answer, add_special_tokens=False)
-            items.append(Item(ids, sample.answer, (*answer_ids, *eos)))
+            items.append(Item(tuple(ids), sample.answer, (*answer_ids, *eos)))
         return items
 
     try:

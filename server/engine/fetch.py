@@ -14,7 +14,7 @@ from aquifer.cachestore.store import TieredStore
 from aquifer.cachestore.tier import Lease
 from aquifer.compression.codec import Codec
 from aquifer.compression.spec import SINK_TOKENS
-from aquifer.compression.wire import RecordKind, WireError, open_record
+from aquifer.compression.wire import RecordHeader, RecordKind, WireError, open_record
 from aquifer.server.engine.gate import LoadGate
 from aquifer.server.engine.records import segment_span
 
@@ -92,10 +92,10 @@ class Fetcher:
         self, index: int, keys: PromptKeys, lease: Lease | None, sinks_lease: Lease | None
     ) -> StoredSegment | None:
         """sinks_lease: for segment 0."""
-        record = self._open("segment", keys.segments[index], lease, segment_span(index)[1])
+        record = self._open("segment", keys.segments[index], lease, *segment_span(index))
         if index > 0:
             return StoredSegment(index, record) if record else None
-        sinks = self._open("sinks", keys.sinks, sinks_lease, SINK_TOKENS) if keys.sinks else None
+        sinks = self._open("sinks", keys.sinks, sinks_lease, 0, SINK_TOKENS) if keys.sinks else None
         if record and sinks:
             return StoredSegment(index, record, sinks)
         # One without the other is a miss: both are recomputed.
@@ -105,14 +105,14 @@ class Fetcher:
         return None
 
     def _open(
-        self, kind: RecordKind, key: SegmentKey, lease: Lease | None, num_tokens: int
+        self, kind: RecordKind, key: SegmentKey, lease: Lease | None, start: int, num_tokens: int
     ) -> StoredRecord | None:
         if lease is None:
             return None
         codec, expected = self._codecs[kind], self._body_bytes(kind, num_tokens)
         try:
             body = open_record(
-                lease.data, kind=kind, codec=codec.fingerprint, chain=key.digest, num_tokens=num_tokens
+                lease.data, RecordHeader(kind, codec.fingerprint, key.digest, start, num_tokens)
             )
             if body.nbytes != expected:
                 raise WireError(f"body of {body.nbytes} bytes, expected {expected}")

@@ -34,7 +34,7 @@ class Sampler:
     """One request's sampler. It owns its random generator, so that the tokens a seed draws do not
     depend on what other requests are running."""
 
-    def __init__(self, params: SamplingParams, prompt_ids: tuple[int, ...]) -> None:
+    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int]) -> None:
         self._params = params
         self._generator = torch.Generator()
         if params.seed is not None:

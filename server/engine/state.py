@@ -63,7 +63,9 @@ class RequestState:
         self.keys = keys
         self.sink = sink
         self.phase = Phase.WAITING
-        self.inputs = request.token_ids + request.score_ids[:-1]
+        self.inputs = (
+            [*request.token_ids, *request.score_ids[:-1]] if request.score_ids else request.token_ids
+        )
         self.decoding: Decoding | None = None  # once the prompt has been read
         self.restores: deque[StoredSegment] = deque()
         self.ranges: deque[tuple[int, int]] = deque()  # [start, stop) to be computed, ascending

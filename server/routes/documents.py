@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from dataclasses import asdict
 from typing import Annotated
 
@@ -74,15 +75,16 @@ async def delete_document(
     return DocumentDeleted(document_id=document_id, deleted_segments=deleted)
 
 
-async def _token_ids(body: DocumentBody, salt: str, service: Service) -> tuple[int, ...]:
+async def _token_ids(body: DocumentBody, salt: str, service: Service) -> array[int]:
     """The document's tokens without BOS. Raises ApiError, TooLongError."""
     if body.document is not None:
         return await service.tokenizer.document(body.document, salt=salt)
-    token_ids = tuple(body.token_ids or ())
-    service.tokenizer.check_length(len(service.tokenizer.bos) + len(token_ids))
+    given = body.token_ids or []
+    service.tokenizer.check_length(len(service.tokenizer.bos) + len(given))
     vocab_size = service.engine.info.vocab_size
-    if max(token_ids) >= vocab_size:
-        raise ApiError(422, f"token_ids: {max(token_ids)} is not below the vocabulary's {vocab_size:,}")
+    if max(given) >= vocab_size:
+        raise ApiError(422, f"token_ids: {max(given)} is not below the vocabulary's {vocab_size:,}")
+    token_ids = array("i", given)
     # A leading BOS is the caller's way to say the same: it is added once.
     bos = service.tokenizer.bos
     return token_ids[len(bos) :] if bos and token_ids[: len(bos)] == bos else token_ids

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 import uuid
+from array import array
 from dataclasses import dataclass
 
 from aquifer.server.engine.types import GenerateRequest, SamplingParams
@@ -28,7 +29,7 @@ async def prepare(body: GenerateBody, service: Service, caller: Caller) -> Prepa
     """Tokenize, check limits, settle sampling. Raises ApiError, TooLongError, UnknownDocumentError."""
     _check_budget(body.kv)
     started = time.perf_counter()
-    document: str | tuple[int, ...] | None = body.document
+    document: str | array[int] | None = body.document
     salt = caller.salt(body.cache_salt)
     if body.document_id is not None:
         document, document_salt = await service.documents.tokens(caller.tenant, body.document_id)

@@ -99,7 +99,7 @@ class FakeEngine:
         self._running: set[str] = set()
 
     def submit(self, request: GenerateRequest, sink: Sink) -> None:
-        self.requests.append(request)
+        self.requests.append(replace(request, token_ids=tuple(request.token_ids)))  # tests compare them
         if self.refuse_with is not None:
             sink(self.refuse_with)
             return
@@ -109,12 +109,12 @@ class FakeEngine:
     def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)
 
-    def forget(self, token_ids: tuple[int, ...], cache_salt: str) -> int:
-        self.forgotten.append((token_ids, cache_salt))
+    def forget(self, token_ids: Sequence[int], cache_salt: str) -> int:
+        self.forgotten.append((tuple(token_ids), cache_salt))
         return len(token_ids) // self.info.segment_tokens
 
-    def unpin(self, token_ids: tuple[int, ...], cache_salt: str) -> None:
-        self.unpinned.append((token_ids, cache_salt))
+    def unpin(self, token_ids: Sequence[int], cache_salt: str) -> None:
+        self.unpinned.append((tuple(token_ids), cache_salt))
 
     def load(self) -> EngineLoad:
         return EngineLoad(len(self._running), 0, {"weights": 100, "resident": 20}, 1 << 20)
