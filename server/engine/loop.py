@@ -125,6 +125,7 @@ class StepLoop:
 
     def turn(self) -> None:
         """Bring everything one step further."""
+        self._prompts.settle()
         self._admit()
         self._read()
         self._decode()
@@ -132,6 +133,7 @@ class StepLoop:
             self._send_tokens()
         self._writer.pump(self._write_limit())
         if not (self._reading or self._decoding):
+            self._prompts.settle(most=0)
             self._writer.wait(_WRITE_POLL_SECONDS)
 
     def end_all(self, farewell: FailedEvent) -> None:
@@ -144,6 +146,7 @@ class StepLoop:
     def close(self, farewell: FailedEvent) -> None:
         """End all requests with this event; what was computed still goes to the tiers."""
         self.end_all(farewell)
+        self._prompts.settle(most=0)
         self._writer.close()
         self._fetch_threads.shutdown()
 
@@ -239,6 +242,7 @@ class StepLoop:
         if state.request.sampling.max_new_tokens and not state.request.score_ids:
             self._begin_decoding(state)
             return
+        self._prompts.settle(most=0)  # what was asked for is that it stands
         state.phase = Phase.STORING
         if not (state.request.prompt_only and state.writes_pending):
             self._stored(state)
@@ -357,6 +361,7 @@ class StepLoop:
     def _fail(self, state: RequestState, error: Exception) -> None:
         log.error("request failed", request_id=state.request.request_id, exc_info=error)
         until_idle(self._parts.adapter.device)
+        self._prompts.settle(most=0)
         self._drop(state)
         state.sink(FailedEvent("internal", f"generation failed: {type(error).__name__}: {error}"))
 

@@ -6,8 +6,10 @@ other requests wait for no more than that.
 
 from __future__ import annotations
 
-import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from aquifer.cachestore.keys import SegmentKey
 from aquifer.compression.spec import SEGMENT_TOKENS
+from aquifer.server.engine.clock import Clock
 from aquifer.server.engine.fetch import StoredSegment
 from aquifer.server.engine.parts import EngineParts
 from aquifer.server.engine.restore import GROUP_SEGMENTS, Restorer
@@ -57,6 +60,16 @@ class Claims:
             del self._owners[key]
 
 
+@dataclass(frozen=True)
+class _Step:
+    """One that a device may still be at. done: what follows, given its seconds. holds: what must live until
+    then."""
+
+    clock: Clock
+    done: Callable[[float], None]
+    holds: object = None
+
+
 class PromptReader:
     """Does the steps. Belongs to the engine's thread."""
 
@@ -73,8 +86,7 @@ class PromptReader:
         self._parts, self._runner, self._reader, self._writer = parts, runner, reader, writer
         self._claims, self._on_written = claims, on_written
         self._restorer = Restorer(reader, parts.pool)
-        self._computing: torch.cuda.Event | None = None
-        """When the chunk that was queued last is computed, on a device."""
+        self._under_way: deque[_Step] = deque()
 
     @property
     def device_bytes(self) -> int:
@@ -90,23 +102,41 @@ class PromptReader:
         elif state.unindexed:
             self._index_group(state)
 
+    def settle(self, most: int | None = None) -> None:
+        """Go on from steps that are done. most: how many a device may still be at; None: any number."""
+        while self._under_way:
+            waits = most is not None and len(self._under_way) > most
+            if not waits and not self._under_way[0].clock.over:
+                return
+            step = self._under_way.popleft()
+            step.done(step.clock.seconds())
+
     def _restore_group(self, state: RequestState) -> None:
-        started = time.perf_counter()
+        clock = Clock(self._parts.adapter.device)
         group = list(islice(state.restores, self._restorer.group_segments))
-        self._restorer.restore(group, state.cache.table)
+        source = self._restorer.restore(group, state.cache.table)
+        clock.stop()
+        self._under_way.append(_Step(clock, partial(self._restored, state, group), source))
         for segment in group:
             # Not before: if it fails, the request's end gives them back, when the device reads nothing more.
-            state.restores.popleft().release()
+            state.restores.popleft()
             self._register(state, segment.index)
         self._claims.drop(state, [segment.index for segment in group])
-        seconds = time.perf_counter() - started
+        self.settle(most=1)  # the next step is prepared while a device is at this one
+
+    def _restored(self, state: RequestState, group: Sequence[StoredSegment], seconds: float) -> None:
+        for segment in group:
+            segment.release()
+        tokens = len(group) * SEGMENT_TOKENS
+        self._reader.metrics.codec_tokens.labels(op="decode").inc(tokens)
+        self._reader.metrics.codec_seconds.labels(op="decode").inc(seconds)
         state.restore_seconds += seconds
         if len({segment.tier for segment in group}) == 1:
             fetch_share = state.fetch_seconds * len(group) / max(1, len(state.missing))
-            self._parts.gate.measured(group[0].tier, len(group) * SEGMENT_TOKENS, seconds + fetch_share)
+            self._parts.gate.measured(group[0].tier, tokens, seconds + fetch_share)
 
     def _compute_chunk(self, state: RequestState) -> None:
-        started = time.perf_counter()
+        clock = Clock(self._parts.adapter.device)
         start, stop = state.next_chunk(self._parts.limits.chunk_tokens)
         hidden, kv = self._runner.prefill(state.inputs[start:stop], start, state.cache)
         self._keep_segments(state, start, stop, kv)
@@ -114,24 +144,16 @@ class PromptReader:
             self._score(state, start, hidden)
         elif not state.ranges and not state.request.prompt_only:
             state.first_choice = self._runner.next_choice(hidden[-1:], state.sampler)
-        took_one = self._wait(hidden, last=not state.ranges)
-        seconds = time.perf_counter() - started
-        state.prefill_seconds += seconds
-        if took_one and state.first_choice is None:  # a prompt's last chunk may be a single token
-            self._parts.gate.measured("computed", stop - start, seconds)
+        clock.stop()
+        # A prompt's last chunk may be a single token, which says nothing of the pace.
+        tokens = stop - start if state.first_choice is None else 0
+        self._under_way.append(_Step(clock, partial(self._computed, state, tokens)))
+        # A device goes straight on to the next chunk, but no further ahead.
+        self.settle(most=1 if state.ranges else 0)
 
-    def _wait(self, hidden: Tensor, *, last: bool) -> bool:
-        """Wait for the chunk before the one just queued, so that a device goes straight on to this one; for
-        this one if it is a prompt's last. Returns whether that took the time of one chunk."""
-        if not hidden.is_cuda:
-            return True
-        before, queued = self._computing, torch.cuda.current_stream(hidden.device).record_event()
-        self._computing = None if last else queued
-        if last:
-            queued.synchronize()
-        elif before is not None:
-            before.synchronize()
-        return (before is None) == last
+    def _computed(self, state: RequestState, tokens: int, seconds: float) -> None:
+        state.prefill_seconds += seconds
+        self._parts.gate.measured("computed", tokens, seconds)
 
     def _keep_segments(self, state: RequestState, start: int, stop: int, kv: LayerKV) -> None:
         """Share the prompt's segments that this chunk completed, and queue them for the tiers. What has

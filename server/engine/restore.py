@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from aquifer.compression.spec import SEGMENT_TOKENS
 from aquifer.server.engine.fetch import StoredSegment
-from aquifer.server.engine.host_memory import until_read
 from aquifer.server.engine.pages import BlockTable, PagePool, pages_of
-from aquifer.server.engine.streams import SegmentReader
+from aquifer.server.engine.streams import SegmentReader, SegmentSource
 
 if TYPE_CHECKING:
     from aquifer.server.engine.recorded_restore import RecordedRestores
@@ -45,14 +42,13 @@ class Restorer:
         """How many segments to restore in one call."""
         return CUDA_GROUP_SEGMENTS if self._pool.keys.is_cuda else GROUP_SEGMENTS
 
-    def restore(self, segments: Sequence[StoredSegment], table: BlockTable) -> None:
-        """Write the KV of these segments, in ascending order, into the table's pages."""
-        started = time.perf_counter()
+    def restore(self, segments: Sequence[StoredSegment], table: BlockTable) -> SegmentSource:
+        """Write the KV of these segments, in ascending order, into the table's pages.
+
+        A device does so in its own time; whatever it is asked from now on finds them there. Until then leases
+        must last, and what is returned must live: it may hold page-locked copies of records."""
         source = self._reader.source(segments)
         chained, recorded = source.chained, self._recorded
         if chained is None or recorded is None or not recorded.restore(chained, table):
             source.open().restore(self._pool, table.runs(source.spans))
-        # The leases may end after this, and the time below is that of the arithmetic, not of its launch.
-        until_read(self._reader.adapter.device)
-        self._reader.metrics.codec_tokens.labels(op="decode").inc(len(segments) * SEGMENT_TOKENS)
-        self._reader.metrics.codec_seconds.labels(op="decode").inc(time.perf_counter() - started)
+        return source
