@@ -517,16 +517,22 @@ class LateClock(Clock):
         return 0.5
 
 
-def test_the_question_is_prepared_while_a_device_restores(
-    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Leases last as long as it may be reading, and no more than one group is ahead of the one it is at."""
-    model, ids = tiny_model("llama"), prompt(1, 1300)
-    engine = make_engine(model, keep=False)
+@pytest.fixture
+def stored(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> tuple[Engine, tuple[int, ...]]:
+    """A prompt of five segments in RAM, to be restored two at a time by a device that is always late."""
+    engine, ids = make_engine(tiny_model("llama"), keep=False), prompt(1, 1300)
     answer(engine, ask(ids))
     assert engine.flush(30)
     monkeypatch.setattr(reading, "Clock", LateClock)
     monkeypatch.setattr(Restorer, "group_segments", 2)
+    return engine, ids
+
+
+def test_the_question_is_prepared_while_a_device_restores(
+    stored: tuple[Engine, tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Leases last as long as it may be reading, and no more than one group is ahead of the one it is at."""
+    engine, ids = stored
     prefill, leases, ram = engine._loop._runner.prefill, list[int](), engine.store.ram
 
     def watched(*args: Any) -> Any:
@@ -535,22 +541,17 @@ def test_the_question_is_prepared_while_a_device_restores(
 
     monkeypatch.setattr(engine._loop._runner, "prefill", watched)
     tokens, last = answer(engine, ask(ids))
-    assert tokens == greedy_reference(model, ids, 8)
-    # Of five segments, in groups of 2, 2 and 1, the last group was on its way.
+    assert tokens == greedy_reference(tiny_model("llama"), ids, 8)
+    # Of groups of 2, 2 and 1, the last one was on its way.
     assert leases == [1] and ram.open_leases == 0
     assert last.timings.restore_seconds > 1.5 and last.timings.prefill_seconds == 0.5
 
 
 @pytest.mark.parametrize("end", ["cancelled", "failed"])
 def test_leases_end_when_a_request_ends_that_is_being_restored(
-    end: str, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+    end: str, stored: tuple[Engine, tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, ids = tiny_model("llama"), prompt(1, 1300)
-    engine = make_engine(model, keep=False)
-    answer(engine, ask(ids))
-    assert engine.flush(30)
-    monkeypatch.setattr(reading, "Clock", LateClock)
-    monkeypatch.setattr(Restorer, "group_segments", 2)
+    engine, ids = stored
     restore, begun = Restorer.restore, list[int]()
 
     def ends(*args: Any) -> Any:
@@ -567,6 +568,6 @@ def test_leases_end_when_a_request_ends_that_is_being_restored(
     assert isinstance(last, FailedEvent) if end == "failed" else isinstance(last, FinishedEvent)
     assert begun == [6, 6]  # five segments and the sinks
     monkeypatch.undo()
-    assert answer(engine, ask(ids))[0] == greedy_reference(model, ids, 8)
+    assert answer(engine, ask(ids))[0] == greedy_reference(tiny_model("llama"), ids, 8)
     assert engine.store.ram.open_leases == 0
     assert engine._parts.pool.available_pages == engine._parts.pool.num_pages
