@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What benchmarks/README.md says of a GPU, measured again on this one.
+# The commands of benchmarks/README.md for a GPU, run on this one.
 #
 #   benchmarks/gpu.sh                      everything
 #   benchmarks/gpu.sh restore throughput   some sections: the functions below
@@ -32,7 +32,10 @@ store() { bench store --tokens 32768 --repeat 4 "${codec[@]}"; }
 
 redis() { bench redis --tokens 32768 --repeat 3 "${codec[@]}"; }
 
-longdoc() { bench longdoc --path recompute --path gpu --path ram-codec --path redis-codec "${codec[@]}"; }
+longdoc() {
+  bench longdoc --path recompute --path gpu --path ram-codec --path redis-codec "${codec[@]}"
+  bench longdoc --documents 2 --tokens 131072 --in-flight 1 --path gpu --path ram-codec "${codec[@]}"
+}
 
 prefill() { bench prefill --tokens 131072 --repeat 1 --peer hf-dynamic; }
 
@@ -63,7 +66,7 @@ kernels() { bench kernels --tokens 131072; }
 
 sections=(restore store redis longdoc prefill decode modes offloaded throughput kernels)
 for section in "${@:-${sections[@]}}"; do
-  if [[ " ${sections[*]} " != *" $section "* ]]; then
+  if ! printf '%s\n' "${sections[@]}" | grep -qxF -- "$section"; then
     echo "no section $section; there are ${sections[*]}" >&2
     exit 2
   fi

@@ -38,8 +38,14 @@ class SegmentKey(bytes):
 
     def __new__(cls, namespace: bytes, digest: bytes, parent: bytes | None = None) -> Self:
         key = super().__new__(cls, namespace + digest)
+        if len(key) != NAMESPACE_BYTES + DIGEST_BYTES:
+            raise ValueError(f"a key has {NAMESPACE_BYTES} and {DIGEST_BYTES} bytes, not {len(key)} in all")
         key.parent = parent
         return key
+
+    def __getnewargs__(self) -> tuple[bytes, bytes, bytes | None]:  # type: ignore[override]
+        """What makes a copy."""
+        return self.namespace, self.digest, self.parent
 
     @property
     def namespace(self) -> bytes:

@@ -79,6 +79,7 @@ class Engine:
         request_id must differ from those of all running requests. A sink that raises ends its request.
         Raises ValueError for token ids that the model does not know: a device would fail at them for good.
         """
+        submitted = time.perf_counter()
         plan = self._refusal(request) or self._admission.plan(request)
         if isinstance(plan, FailedEvent):
             sink(plan)
@@ -93,7 +94,7 @@ class Engine:
                 log.warning("nobody takes the answer", request_id=request.request_id, exc_info=error)
                 self.cancel(request.request_id)
 
-        state = RequestState(request, plan, guarded, keys, self._decode_text)
+        state = RequestState(request, plan, guarded, keys, self._decode_text, submitted)
         self._inbox.put(lambda: self._enqueue(state))
 
     def cancel(self, request_id: str) -> None:

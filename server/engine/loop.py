@@ -142,11 +142,11 @@ class StepLoop:
         for state in list(self._requests.values()):
             self._drop(state)
             state.sink(farewell)
+        self._prompts.settle(most=0)
 
     def close(self, farewell: FailedEvent) -> None:
         """End all requests with this event; what was computed still goes to the tiers."""
         self.end_all(farewell)
-        self._prompts.settle(most=0)
         self._writer.close()
         self._fetch_threads.shutdown()
 
@@ -361,7 +361,6 @@ class StepLoop:
     def _fail(self, state: RequestState, error: Exception) -> None:
         log.error("request failed", request_id=state.request.request_id, exc_info=error)
         until_idle(self._parts.adapter.device)
-        self._prompts.settle(most=0)
         self._drop(state)
         state.sink(FailedEvent("internal", f"generation failed: {type(error).__name__}: {error}"))
 

@@ -56,8 +56,10 @@ class RequestState:
         sink: Sink,
         keys: PromptKeys,
         decode: Callable[[Sequence[int]], str],
+        submitted: float,
     ) -> None:
-        """decode: the tokenizer's, from ids to text."""
+        """decode: the tokenizer's, from ids to text. submitted: when the engine got the request, before its
+        prompt was named, by `perf_counter`."""
         self.request = request
         self.plan = plan
         self.keys = keys
@@ -82,7 +84,7 @@ class RequestState:
         self._computed = 0
         self.sampler = Sampler(request.sampling, request.token_ids)
         self._text = TextStream(decode, request.sampling.stop)
-        self._submitted = time.perf_counter()
+        self._submitted = submitted
         self._admitted = self._first_token = self._last_token = 0.0
         self.fetch_seconds = self.restore_seconds = self.prefill_seconds = 0.0
 

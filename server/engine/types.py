@@ -42,7 +42,7 @@ class SamplingParams:
 class GenerateRequest:
     """One prompt, already tokenized, and what to do with it.
 
-    token_ids: BOS + document + inputs. An array of 32-bit integers is named in a tenth of the time.
+    token_ids: BOS + document + inputs. An array of 32-bit integers is hashed as it lies.
     cache_salt: tenant and request salt; requests with different salts share no segment.
     budget: share of the prompt that selective attention reads, (sinks + tail + selected) / prompt, but
         never fewer than 64 selected tokens; None: the server's default. Matters to `selective`, and to

@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
+from aquifer.benchmarks.geometries import GEOMETRIES
+from aquifer.benchmarks.peers import PEERS
+from aquifer.server import cli_bench
 from aquifer.server.cli import app
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.sh"
@@ -19,13 +24,18 @@ def run(*sections: str, aquifer: str = "echo") -> subprocess.CompletedProcess[st
     return subprocess.run([SCRIPT, *sections], env=environment, capture_output=True, text=True, check=False)
 
 
-def test_every_command_is_one_of_ours() -> None:
-    commands = [line for line in run().stdout.splitlines() if line.startswith("bench ")]
-    assert len({command.split()[1] for command in commands}) == 8
+def test_every_command_is_one_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[object] = []
+    monkeypatch.setattr(cli_bench, "_subject", lambda geometry, *_: GEOMETRIES[geometry])
+    monkeypatch.setattr(cli_bench, "_run", lambda measure, json_file: measured.append(measure))
+    commands = [shlex.split(line) for line in run().stdout.splitlines() if line.startswith("bench ")]
+    assert len({command[1] for command in commands}) == 8
     for command in commands:
-        # Help is given before anything is done, and after names and options are read.
-        result = CliRunner().invoke(app, [*shlex.split(command), "--help"])
+        result = CliRunner().invoke(app, command)
         assert result.exit_code == 0, (command, result.output)
+        peers = [value for option, value in pairwise(command) if option == "--peer"]
+        assert set(peers) <= set(PEERS)
+    assert len(measured) == len(commands)
 
 
 def test_what_fails_is_named_and_stops_nothing() -> None:
@@ -35,5 +45,6 @@ def test_what_fails_is_named_and_stops_nothing() -> None:
 
 
 def test_an_unknown_section_is_refused_before_anything_runs() -> None:
-    result = run("store", "speed")
-    assert result.returncode == 2 and not result.stdout and "there are restore store" in result.stderr
+    for sections in (["store", "speed"], ["store redis"]):
+        result = run(*sections)
+        assert result.returncode == 2 and not result.stdout and "there are restore store" in result.stderr

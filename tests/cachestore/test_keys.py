@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import re
 from array import array
 
@@ -119,3 +120,14 @@ def test_a_token_id_that_is_no_int32_is_named(bad: object) -> None:
 def test_a_namespace_of_the_wrong_size_is_refused() -> None:
     with pytest.raises(ValueError, match="16 bytes, got 3"):
         chain_keys(b"abc", [1, 2, 3, 4])
+
+
+def test_a_copy_of_a_key_is_that_key() -> None:
+    *_, last = chain_keys(NAMESPACE, range(600)).segments
+    other = pickle.loads(pickle.dumps(last))
+    assert other == last and other.parent == last.parent
+
+
+def test_a_key_of_another_length_is_refused() -> None:
+    with pytest.raises(ValueError, match="16 and 32 bytes"):
+        SegmentKey(NAMESPACE, b"short")

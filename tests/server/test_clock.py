@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from tiny_models import DEVICE
 
 from aquifer.server.engine.clock import Clock
 
 
-def test_a_clock_is_over_when_the_work_is() -> None:
-    numbers = torch.ones(2048, 2048, device=DEVICE)
-    first, second = Clock(DEVICE), Clock(DEVICE)
-    numbers @ numbers
-    first.stop()
-    for _ in range(50):
+def test_a_clock_runs_from_its_start_to_the_end_of_the_work() -> None:
+    numbers = torch.ones(64, 64, device=DEVICE)
+    outer = Clock(DEVICE)
+    inner = Clock(DEVICE)
+    for _ in range(100):
         numbers @ numbers
-    second.stop()
-    assert 0 < first.seconds() < second.seconds()
-    assert first.over and second.over
+    inner.stop()
+    numbers @ numbers
+    outer.stop()
+    assert 0 < inner.seconds() <= outer.seconds()
+    assert inner.over and outer.over
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="a CPU is done when it returns")
+def test_a_clock_is_not_over_before_the_work_is() -> None:
+    numbers = torch.ones(8192, 8192, device=DEVICE)
+    clock = Clock(DEVICE)
+    for _ in range(100):
+        numbers @ numbers
+    clock.stop()
+    assert not clock.over
+    assert clock.seconds() > 0 and clock.over
 
 
 def test_a_device_that_failed_does_nothing_any_more() -> None:

@@ -13,13 +13,11 @@ import torch
 from asking import Events, answer, ask, prompt, submit, text_of
 from tiny_models import DEVICE, FAMILIES, greedy_reference, tiny_model
 
-from aquifer.cachestore.keys import chain_keys, make_namespace
+from aquifer.cachestore.keys import PromptKeys, chain_keys, make_namespace
 from aquifer.server.engine import loop, reading, runner
 from aquifer.server.engine.admission import Admission, Room
-from aquifer.server.engine.clock import Clock
 from aquifer.server.engine.engine import Engine, EngineError
 from aquifer.server.engine.pages import PagePool
-from aquifer.server.engine.restore import Restorer
 from aquifer.server.engine.runner import Rows
 from aquifer.server.engine.sampling import StepResult
 from aquifer.server.engine.selective import SelectiveCache
@@ -333,6 +331,21 @@ def test_a_sink_that_raises_ends_only_its_own_request(make_engine: MakeEngine) -
     assert engine.load().device_bytes["resident"] == 0
 
 
+def test_the_first_token_is_timed_from_before_the_prompt_is_named(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(tiny_model("llama"))
+    name = engine._keys
+
+    def named(*args: Any) -> PromptKeys:
+        time.sleep(0.05)
+        return name(*args)
+
+    monkeypatch.setattr(engine, "_keys", named)
+    events = submit(engine, ask(prompt(1, 20), 2))
+    assert events.finished.timings.ttft_seconds >= 0.05
+
+
 @pytest.mark.parametrize("beside", [True, False])
 def test_tokens_are_sent_beside_the_next_step_or_at_once(
     beside: bool, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
@@ -499,75 +512,3 @@ def test_room_comes_back_where_no_cells_can_be_made(
     assert isinstance(fine.wait(), FinishedEvent)
     for pool in (engine._parts.pool, engine._parts.index):
         assert pool.available_pages == pool.num_pages
-
-
-class LateClock(Clock):
-    """Of a device that is done only when somebody waits for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self._waited_for = False
-
-    @property
-    def over(self) -> bool:
-        return self._waited_for
-
-    def seconds(self) -> float:
-        self._waited_for = True
-        return 0.5
-
-
-@pytest.fixture
-def stored(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> tuple[Engine, tuple[int, ...]]:
-    """A prompt of five segments in RAM, to be restored two at a time by a device that is always late."""
-    engine, ids = make_engine(tiny_model("llama"), keep=False), prompt(1, 1300)
-    answer(engine, ask(ids))
-    assert engine.flush(30)
-    monkeypatch.setattr(reading, "Clock", LateClock)
-    monkeypatch.setattr(Restorer, "group_segments", 2)
-    return engine, ids
-
-
-def test_the_question_is_prepared_while_a_device_restores(
-    stored: tuple[Engine, tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Leases last as long as it may be reading, and no more than one group is ahead of the one it is at."""
-    engine, ids = stored
-    prefill, leases, ram = engine._loop._runner.prefill, list[int](), engine.store.ram
-
-    def watched(*args: Any) -> Any:
-        leases.append(ram.open_leases)
-        return prefill(*args)
-
-    monkeypatch.setattr(engine._loop._runner, "prefill", watched)
-    tokens, last = answer(engine, ask(ids))
-    assert tokens == greedy_reference(tiny_model("llama"), ids, 8)
-    # Of groups of 2, 2 and 1, the last one was on its way.
-    assert leases == [1] and ram.open_leases == 0
-    assert last.timings.restore_seconds > 1.5 and last.timings.prefill_seconds == 0.5
-
-
-@pytest.mark.parametrize("end", ["cancelled", "failed"])
-def test_leases_end_when_a_request_ends_that_is_being_restored(
-    end: str, stored: tuple[Engine, tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine, ids = stored
-    restore, begun = Restorer.restore, list[int]()
-
-    def ends(*args: Any) -> Any:
-        begun.append(engine.store.ram.open_leases)
-        if len(begun) == 2 and end == "failed":
-            raise RuntimeError("no more")
-        if len(begun) == 2:
-            engine.cancel(request.request_id)
-        return restore(*args)
-
-    monkeypatch.setattr(Restorer, "restore", ends)
-    request = ask(ids)
-    last = submit(engine, request).wait()
-    assert isinstance(last, FailedEvent) if end == "failed" else isinstance(last, FinishedEvent)
-    assert begun == [6, 6]  # five segments and the sinks
-    monkeypatch.undo()
-    assert answer(engine, ask(ids))[0] == greedy_reference(tiny_model("llama"), ids, 8)
-    assert engine.store.ram.open_leases == 0
-    assert engine._parts.pool.available_pages == engine._parts.pool.num_pages

@@ -1,0 +1,172 @@
+"""Reading a prompt on a device that does its work in its own time."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from asking import answer, ask, prompt, submit
+from tiny_models import greedy_reference, tiny_model
+
+from aquifer.server.engine import reading
+from aquifer.server.engine.clock import Clock
+from aquifer.server.engine.engine import Engine
+from aquifer.server.engine.restore import Restorer
+from aquifer.server.engine.types import FailedEvent, FinishedEvent
+
+MakeEngine = Callable[..., Engine]
+WaitUntil = Callable[[Callable[[], bool]], None]
+
+IDS = prompt(1, 1300)
+
+
+class LateClock(Clock):
+    """Of a device that is done when somebody waits for it, or when a test says so."""
+
+    waits = 0
+    done = False
+    """Of all clocks."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._waited_for = False
+
+    @property
+    def over(self) -> bool:
+        return self._waited_for or LateClock.done
+
+    def seconds(self) -> float:
+        self._waited_for = True
+        LateClock.waits += 1
+        return 0.5
+
+
+@pytest.fixture
+def engine(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """Five segments of a prompt are in RAM, to be restored two at a time by a device that is always late."""
+    engine = make_engine(tiny_model("llama"), keep=False)
+    answer(engine, ask(IDS))
+    assert engine.flush(30)
+    monkeypatch.setattr(reading, "Clock", LateClock)
+    monkeypatch.setattr(LateClock, "waits", 0)
+    monkeypatch.setattr(Restorer, "group_segments", 2)
+    return engine
+
+
+def test_the_question_is_prepared_while_a_device_restores(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it may be reading stays until it is done, and one group at most is ahead of the one it is at."""
+    restore, prefill = Restorer.restore, engine._loop._runner.prefill
+    sources, alive, leases = list[weakref.ref[Any]](), list[list[bool]](), list[int]()
+
+    def restored(*args: Any) -> Any:
+        source = restore(*args)
+        sources.append(weakref.ref(source))
+        return source
+
+    def computed(*args: Any) -> Any:
+        gc.collect()
+        alive.append([source() is not None for source in sources])
+        leases.append(engine.store.ram.open_leases)
+        return prefill(*args)
+
+    monkeypatch.setattr(Restorer, "restore", restored)
+    monkeypatch.setattr(engine._loop._runner, "prefill", computed)
+    tokens, last = answer(engine, ask(IDS))
+    assert tokens == greedy_reference(tiny_model("llama"), IDS, 8)
+    # Of groups of 2, 2 and 1 the last one was on its way.
+    assert alive == [[False, False, True]] and leases == [1]
+    assert engine.store.ram.open_leases == 0
+    assert last.timings.restore_seconds > 1.5 and last.timings.prefill_seconds == 0.5
+
+
+def test_a_device_goes_straight_on_to_the_next_chunk_but_no_further_ahead(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefill, waited = engine._loop._runner.prefill, list[int]()
+
+    def computed(*args: Any) -> Any:
+        waited.append(LateClock.waits)
+        return prefill(*args)
+
+    monkeypatch.setattr(engine._loop._runner, "prefill", computed)
+    answer(engine, ask(prompt(2, 2000)))  # in chunks of 512
+    assert waited == [0, 0, 1, 2] and LateClock.waits == 4
+
+
+def test_a_prompt_that_is_only_read_stands_when_that_is_said(engine: Engine) -> None:
+    event = submit(engine, ask(IDS[:1280], 0)).finished
+    assert LateClock.waits == 3
+    assert event.cached.ram == 1280 and event.timings.restore_seconds > 1.5
+
+
+def end_in_second_group(engine: Engine, monkeypatch: pytest.MonkeyPatch, end: Callable[[], None]) -> None:
+    """Have something happen when a second group begins to be restored; the first one is under way."""
+    restore, begun = Restorer.restore, list[int]()
+
+    def ends(*args: Any) -> Any:
+        begun.append(engine.store.ram.open_leases)
+        if len(begun) == 2:
+            assert begun == [6, 6]  # five segments and the sinks
+            end()
+        return restore(*args)
+
+    monkeypatch.setattr(Restorer, "restore", ends)
+
+
+def test_leases_end_with_a_request_that_fails(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, wait_until: WaitUntil
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("no more")
+
+    end_in_second_group(engine, monkeypatch, fail)
+    assert isinstance(submit(engine, ask(IDS)).wait(), FailedEvent)
+    wait_until(lambda: engine.store.ram.open_leases == 0)
+    assert engine._parts.pool.available_pages == engine._parts.pool.num_pages
+
+
+def test_leases_of_a_cancelled_request_end_when_the_device_is_done_while_others_are_answered(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, wait_until: WaitUntil
+) -> None:
+    request, other = ask(IDS), ask(prompt(2, 20), 4000)
+    answered = submit(engine, other)
+    wait_until(lambda: len(answered.tokens) > 0)
+    end_in_second_group(engine, monkeypatch, lambda: engine.cancel(request.request_id))
+    assert isinstance(submit(engine, request).wait(), FinishedEvent)
+    assert engine.store.ram.open_leases == 2  # of the group that was under way
+    monkeypatch.setattr(LateClock, "done", True)
+    wait_until(lambda: engine.store.ram.open_leases == 0)
+    assert not any(isinstance(event, FinishedEvent) for event in answered.all)
+    engine.cancel(other.request_id)
+    answered.wait()
+
+
+def test_leases_end_with_a_turn_that_fails(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, wait_until: WaitUntil
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("no more turns")
+
+    # The group that begins now is under way when the turn fails.
+    end_in_second_group(
+        engine, monkeypatch, lambda: monkeypatch.setattr(engine._loop._writer, "pump", lambda limit: fail())
+    )
+    assert isinstance(submit(engine, ask(IDS)).wait(), FailedEvent)
+    wait_until(lambda: engine.store.ram.open_leases == 0)
+    monkeypatch.undo()
+
+
+def test_leases_end_with_the_engine(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    shut_down = engine._shut_down
+    end_in_second_group(engine, monkeypatch, lambda: engine._inbox.put(shut_down))
+    assert isinstance(submit(engine, ask(IDS)).wait(), FailedEvent)
+    engine._thread.join()
+    assert engine.store.ram.open_leases == 0
+    engine._on_close()
+    engine.store.close()
