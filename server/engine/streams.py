@@ -140,7 +140,7 @@ class _PlainStream:
         spec = self._source.spec
         layers = [next_layer() for next_layer in self._parts]
         keys, values = (
-            torch.cat([half.to(spec.dtype) for half in halves]).view(-1, spec.num_kv_heads, spec.head_dim)
+            _joined([half.to(spec.dtype) for half in halves]).view(-1, spec.num_kv_heads, spec.head_dim)
             for halves in zip(*layers, strict=True)
         )
         return apply_rope(keys, *self._source.rope).transpose(0, 1), values.transpose(0, 1)
@@ -151,6 +151,11 @@ class _PlainStream:
     def restore(self, pool: PagePool, runs: Sequence[tuple[int, int]]) -> None:
         for layer in range(self._source.spec.num_layers):
             pool.write(layer, runs, *self.next_layer())
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Parts one behind the other; not copied where there is but one."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class _Records:
