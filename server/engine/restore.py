@@ -16,7 +16,7 @@ GROUP_SEGMENTS = 32
 """Segments decoded in one pass; running answers wait for one group."""
 
 CUDA_GROUP_SEGMENTS = 128
-"""On CUDA: 32,768 tokens take a device about 15 ms, and fewer would leave it idle between groups."""
+"""On CUDA: 32,768 tokens take a device about 15 ms, and smaller groups leave more of it unused."""
 
 
 class Restorer:
