@@ -65,13 +65,14 @@ throughput() {
 kernels() { bench kernels --tokens 131072; }
 
 sections=(restore store redis longdoc prefill decode modes offloaded throughput kernels)
-for section in "${@:-${sections[@]}}"; do
+(($#)) || set -- "${sections[@]}"
+for section in "$@"; do
   if ! printf '%s\n' "${sections[@]}" | grep -qxF -- "$section"; then
     echo "no section $section; there are ${sections[*]}" >&2
     exit 2
   fi
 done
-for section in "${@:-${sections[@]}}"; do
+for section in "$@"; do
   "$section"
 done
 if ((${#failed[@]})); then

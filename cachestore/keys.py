@@ -43,7 +43,7 @@ class SegmentKey(bytes):
         key.parent = parent
         return key
 
-    def __getnewargs__(self) -> tuple[bytes, bytes, bytes | None]:  # type: ignore[override]
+    def __getnewargs__(self) -> tuple[bytes, bytes, bytes | None]:  # type: ignore[override]  # bytes take one
         """What makes a copy."""
         return self.namespace, self.digest, self.parent
 

@@ -309,7 +309,7 @@ class StepLoop:
             self._send_tokens()
             if state.stopped and reason != "eos_token":
                 reason = "stop_sequence"
-            if reason is not None and state.phase is not Phase.DONE:
+            if reason is not None:
                 self._finish(state, reason)
             if state.phase is Phase.DONE:
                 return

@@ -16,7 +16,7 @@ from aquifer.server.engine.fetch import StoredSegment
 from aquifer.server.engine.host_memory import to_device, until_read
 from aquifer.server.engine.pages import BlockTable, PagePool
 from aquifer.server.engine.sampling import Choice, Pick, Sampler, StepResult, settle
-from aquifer.server.engine.streams import SegmentReader, SegmentSource
+from aquifer.server.engine.streams import SegmentReader, SegmentSource, end_to_end
 from aquifer.server.models.adapter import DecoderAdapter, Rotate
 
 
@@ -221,7 +221,7 @@ class ModelRunner:
                 one.attend(layer, q[:, span], k[:, span], v[:, span])
                 for one, span in zip(passes, spans, strict=True)
             ]
-            return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)).transpose(0, 1)
+            return end_to_end(outs, dim=1).transpose(0, 1)
 
         token_ids = to_device(torch.tensor([token for row in rows for token in row.token_ids]), device)
         positions = torch.cat(

@@ -140,7 +140,7 @@ class _PlainStream:
         spec = self._source.spec
         layers = [next_layer() for next_layer in self._parts]
         keys, values = (
-            _joined([half.to(spec.dtype) for half in halves]).view(-1, spec.num_kv_heads, spec.head_dim)
+            end_to_end([half.to(spec.dtype) for half in halves]).view(-1, spec.num_kv_heads, spec.head_dim)
             for halves in zip(*layers, strict=True)
         )
         return apply_rope(keys, *self._source.rope).transpose(0, 1), values.transpose(0, 1)
@@ -153,9 +153,9 @@ class _PlainStream:
             pool.write(layer, runs, *self.next_layer())
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def end_to_end(parts: list[Tensor], dim: int = 0) -> Tensor:
     """Parts one behind the other; not copied where there is but one."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 class _Records:

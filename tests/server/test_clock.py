@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 import torch
 from tiny_models import DEVICE
@@ -40,6 +42,6 @@ def test_a_device_that_failed_does_nothing_any_more() -> None:
 
         synchronize = query
 
-    clock = Clock(torch.device("cpu"))
-    clock._events = Failed(), Failed()  # type: ignore[assignment]
+    clock, failed = Clock(torch.device("cpu")), cast(torch.cuda.Event, Failed())
+    clock._events = failed, failed
     assert clock.over and clock.seconds() == 0.0
