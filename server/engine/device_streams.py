@@ -60,10 +60,11 @@ class Queues:
     """copies: of bytes from host memory, and reading them; chain: from layer to layer; emits: keys and
     values; rows: of selective decoding, for which no step waits."""
 
-    def __init__(self, device: torch.device, priority: int = 0) -> None:
+    def __init__(self, device: torch.device, priority: int = 0, copies: Queue | None = None) -> None:
+        """copies: of others, which share the bus."""
         self._device = device
         # Work of the small kernels is needed first: a GEMM's tiles would keep them waiting.
-        self.copies, self.emits = Queue(device, priority - 1), Queue(device, priority - 1)
+        self.copies, self.emits = copies or Queue(device, priority - 1), Queue(device, priority - 1)
         self.chain = Queue(device, priority)
         self._priority = priority
 

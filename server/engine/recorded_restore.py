@@ -4,13 +4,16 @@ A restore launches four kernels per layer on three queues of the device, which t
 takes the device to run them. So all that a restore does is recorded, as a CUDA graph across the queues, once
 for each of a few numbers of segments; in a smaller group the last ones are missing: they have no bytes to
 copy, and their tokens no slots to be written to. What differs between restores is the graph's input, three
-numbers per segment: where its record lies, its first slot, and its first token. Imports Triton, so only where
-it runs.
+numbers per segment: where its record lies, its first slot, and its first token.
+
+A group is decoded in two parts whose chains run side by side: a step of a chain waits for the one before, and
+where that one leaves multiprocessors idle at its end, the other part's step goes on. Imports Triton, so only
+where it runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import structlog
 import torch
@@ -29,7 +32,7 @@ log = structlog.get_logger(__name__)
 
 FEWEST, STEP = 8, 16
 """Groups are recorded for 8, 16, 32, 48, ... segments. Sixteen are as many rows as an H200 multiplies at
-once: what is missing of the last sixteen costs next to nothing."""
+once: what is missing of the last sixteen costs next to nothing. Only eight are not parted."""
 
 _ABSENT = (0, -SEGMENT_TOKENS, 0)
 """Inputs for a segment that is missing: no record, and slots that are all negative."""
@@ -50,7 +53,8 @@ class RecordedRestores:
         self._codec, self._pool, self._rope_table = codec, pool, rope_table
         self._most = most_segments
         # Queues of its own: other engines of this process use the common ones while this one records.
-        self._queues = Queues(pool.keys.device, RECORDING_PRIORITY)
+        first = Queues(pool.keys.device, RECORDING_PRIORITY)
+        self._queues = first, Queues(pool.keys.device, RECORDING_PRIORITY, first.copies)
         self._memory: GraphMemory = torch.cuda.graph_pool_handle()
         self._recordings: dict[tuple[int, ...], _Recording | None] = {}
         """By the tokens of each segment. None: it could not be recorded."""
@@ -95,31 +99,31 @@ class _Recording:
         counts: tuple[int, ...],
         pool: PagePool,
         rope_table: Callable[[Tensor], tuple[Tensor, Tensor]],
-        queues: Queues,
+        queues: Sequence[Queues],
         memory: GraphMemory,
     ) -> None:
-        """counts: tokens of each segment."""
-        assert codec.chain is not None
-        chain_codec, device = codec.chain, pool.keys.device
+        """counts: tokens of each segment. queues: of each part."""
+        device = pool.keys.device
         self._pool = pool
         self._inputs = torch.tensor(_ABSENT)[:, None].repeat(1, len(counts)).to(device)
         """int64 [3, N]: where the records lie, first slots, first tokens."""
-        lengths = torch.tensor(counts)
-        segment_of = torch.arange(len(counts)).repeat_interleave(lengths).to(device)
-        within = torch.cat([torch.arange(count) for count in counts]).to(device)
-        slices = HostSlices(codec, counts, self._inputs[0])
-        # Held, because the codec forgets the tables of groups that were not asked for lately.
-        tables = chain_codec.chain_decoder(counts, device).tables
-        self._held = (self._inputs, segment_of, within, slices.layout, *tables)
+        half = -(-len(counts) // 2) if len(counts) > FEWEST else len(counts)
+        cuts = slice(half), slice(half, None)
+        self._parts = [
+            _Part(codec, counts[cut], self._inputs[:, cut], own)
+            for cut, own in zip(cuts, queues, strict=True)
+            if counts[cut]
+        ]
 
         def launch() -> None:
-            # State and landings are taken while recording and dropped, so that recordings share their memory.
-            chain = Chain(len(pool.keys), slices, chain_codec.chain_decoder(counts, device), queues)
-            slots, positions = self._inputs[1:, segment_of] + within
-            chain.emit_all(rope_table(positions), slots, pool)
+            # States and landings are taken while recording and dropped: recordings share their memory.
+            begun = [part.begin(len(pool.keys), rope_table) for part in self._parts]
+            for layer, (keys, values) in enumerate(zip(pool.keys, pool.values, strict=True)):
+                for chain, rope, slots in begun:
+                    chain.emit_next(rope, slots, keys, values, after_caller=layer == 0)
 
         self._graph, grown = record_graph(launch, memory)
-        self.device_bytes = grown + sum(table.nbytes for table in self._held)
+        self.device_bytes = grown + self._inputs.nbytes + sum(part.device_bytes for part in self._parts)
 
     def replay(self, segments: ChainedSegments, table: BlockTable) -> None:
         """Restore at most as many segments, cut like the recorded ones."""
@@ -132,3 +136,33 @@ class _Recording:
         self._graph.replay()
         if segments.first:
             segments.place_sinks(self._pool, numbers_of(table.runs([(0, segments.first)])))
+
+
+class _Part:
+    """Neighbouring segments of a recording, whose layers are decoded together."""
+
+    def __init__(self, codec: Codec, counts: tuple[int, ...], inputs: Tensor, queues: Queues) -> None:
+        """inputs: int64 [3, N], see _Recording."""
+        assert codec.chain is not None
+        self._codec, self._counts, self._inputs, self._queues = codec.chain, counts, inputs, queues
+        device, lengths = inputs.device, torch.tensor(counts)
+        self._segment_of = torch.arange(len(counts)).repeat_interleave(lengths).to(device)
+        self._within = torch.cat([torch.arange(count) for count in counts]).to(device)
+        self._slices = HostSlices(codec, counts, inputs[0])
+        # Held, because the codec forgets the tables of groups that were not asked for lately.
+        self._tables = self._codec.chain_decoder(counts, device).tables
+
+    @property
+    def device_bytes(self) -> int:
+        """Beside the inputs and what is computed."""
+        tables = self._segment_of, self._within, self._slices.layout, *self._tables
+        return sum(table.nbytes for table in tables)
+
+    def begin(
+        self, num_layers: int, rope_table: Callable[[Tensor], tuple[Tensor, Tensor]]
+    ) -> tuple[Chain, tuple[Tensor, Tensor], Tensor]:
+        """Start with layer 0. Returns its chain, cos and sin [T, D], and slots [T]."""
+        decoder = self._codec.chain_decoder(self._counts, self._inputs.device)
+        chain = Chain(num_layers, self._slices, decoder, self._queues)
+        slots, positions = self._inputs[1:, self._segment_of] + self._within
+        return chain, rope_table(positions), slots

@@ -281,13 +281,22 @@ def recording(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Callable
 
 
 @pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow")  # in rows of missing segments
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("first", [0, 4])
 def test_a_recorded_restore_is_a_launched_one(
-    first: int, stored: Stored, device: torch.device, launched: list[str], recording: Callable[[], bool]
+    first: int,
+    parts: int,
+    stored: Stored,
+    device: torch.device,
+    launched: list[str],
+    recording: Callable[[], bool],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Bit for bit, of as many segments as were recorded and of fewer, and into other pages."""
+    from aquifer.server.engine import recorded_restore
     from aquifer.server.engine.recorded_restore import RecordedRestores
 
+    monkeypatch.setattr(recorded_restore, "FEWEST", 2 // parts)
     pool = PagePool(SPEC, 3 * SPEC.bytes_per_token * 256, device, keep=False)
     recorded = RecordedRestores(stored.codec, pool, stored.rope_table, 2)
     for number, count in enumerate((1, 2, 1)):
