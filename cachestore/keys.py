@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import struct
 import sys
+import threading
 from array import array
+from bisect import bisect_left
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
@@ -92,12 +95,13 @@ def chain_keys(
     *,
     segment_tokens: int = 256,
     sink_tokens: int = 4,
+    begun: Sequence[SegmentKey] = (),
 ) -> PromptKeys:
     """Name the sinks and every full segment of a prompt.
 
     token_ids: integers, or a buffer of integers (array, numpy array), or raw little-endian int32
     as bytes. A prompt shorter than `sink_tokens` has no sinks; a tail shorter than
-    `segment_tokens` has no key.
+    `segment_tokens` has no key. begun: keys of the first segments, if they are known.
     Raises ValueError for a namespace that is not 16 bytes, and as `pack_ids` does.
     """
     if len(namespace) != NAMESPACE_BYTES:
@@ -110,13 +114,68 @@ def chain_keys(
 
     parent = sinks.digest if sinks else None
     digest = blake3(b"aquifer segments" + namespace).digest()
-    segments = []
+    segments = list(begun)
+    if segments:
+        parent = digest = segments[-1].digest
     step = 4 * segment_tokens
-    for start in range(0, len(ids) - step + 1, step):
+    for start in range(step * len(segments), len(ids) - step + 1, step):
         digest = blake3(digest + ids[start : start + step]).digest()
         segments.append(SegmentKey(namespace, digest, parent))
         parent = digest
     return PromptKeys(sinks, tuple(segments))
+
+
+class PromptNamer:
+    """`chain_keys` for one prompt after the other. Thread-safe.
+
+    Remembers the last ones: questions about a document begin alike, and comparing their tokens takes a
+    twentieth of the time of hashing them.
+    """
+
+    def __init__(self, *, segment_tokens: int = 256, most: int = 16) -> None:
+        """most: prompts to remember."""
+        self._segment_tokens = segment_tokens
+        self._last: deque[_Named] = deque(maxlen=most)
+        self._lock = threading.Lock()
+
+    def keys(self, namespace: bytes, ids: bytes) -> PromptKeys:
+        """ids: as of `pack_ids`. Raises as `chain_keys` does."""
+        with self._lock:
+            known = [named for named in self._last if named.namespace == namespace]
+        alike = max(known, key=lambda named: named.shared(ids), default=_Named(namespace, b"", ()))
+        begun = alike.segments[: alike.shared(ids)]
+        keys = chain_keys(namespace, ids, segment_tokens=self._segment_tokens, begun=begun)
+        if len(begun) < len(keys.segments):
+            whole = ids[: 4 * self._segment_tokens * len(keys.segments)]
+            with self._lock:
+                if alike in self._last and len(begun) == len(alike.segments):
+                    self._last.remove(alike)  # the new one says all that it says
+                self._last.append(_Named(namespace, whole, keys.segments))
+        return keys
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Named:
+    """The full segments of a prompt: their tokens, as they are hashed, and their keys."""
+
+    namespace: bytes
+    ids: bytes
+    segments: tuple[SegmentKey, ...]
+
+    def shared(self, ids: bytes) -> int:
+        """How many of them a prompt begins with."""
+        count = len(self.segments)
+        if ids.startswith(self.ids):
+            return count
+
+        def differs(segments: int) -> bool:
+            return not ids.startswith(self.ids[: len(self.ids) // count * segments])
+
+        most = 1  # doubled while that many are shared, because most prompts share few or all
+        while most < count and not differs(most):
+            most *= 2
+        least = most // 2
+        return least + bisect_left(range(least + 1, min(most, count)), True, key=differs)
 
 
 def pack_ids(token_ids: Sequence[int] | Buffer) -> bytes:

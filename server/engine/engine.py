@@ -18,7 +18,7 @@ import numpy as np
 import structlog
 import torch
 
-from aquifer.cachestore.keys import PromptKeys, chain_keys, make_namespace, pack_ids
+from aquifer.cachestore.keys import PromptKeys, PromptNamer, make_namespace, pack_ids
 from aquifer.server.engine.admission import Admission
 from aquifer.server.engine.host_memory import until_idle
 from aquifer.server.engine.loop import StepLoop
@@ -61,6 +61,7 @@ class Engine:
         self.store = parts.store
         self._parts, self._decode_text, self._on_close = parts, decode_text, on_close
         self._weight_bytes = parts.adapter.weight_bytes()
+        self._namer = PromptNamer()
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._closing = False
         self._admission = Admission(parts)
@@ -197,7 +198,7 @@ class Engine:
 
     def _keys(self, token_ids: Sequence[int], cache_salt: str) -> PromptKeys:
         namespace = make_namespace(self.info.model_fingerprint, self.info.codec_fingerprint, cache_salt)
-        return chain_keys(namespace, self._packed(token_ids))
+        return self._namer.keys(namespace, self._packed(token_ids))
 
     def _packed(self, token_ids: Sequence[int]) -> bytes:
         """Token ids as they are hashed. Raises ValueError for one that the model does not know."""

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aquifer.cachestore.keys import SegmentKey, chain_keys, make_namespace
+from aquifer.cachestore.keys import PromptNamer, SegmentKey, chain_keys, make_namespace, pack_ids
 
 NAMESPACE = make_namespace("model", "codec", "")
 
@@ -55,6 +55,39 @@ def test_a_key_does_not_depend_on_the_tokens_behind_it() -> None:
     short, long = chain_keys(NAMESPACE, range(512)), chain_keys(NAMESPACE, range(1000))
     assert short.segments == long.segments[:2]
     assert short.sinks == long.sinks
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("ab"), st.lists(st.integers(0, 1), max_size=6), st.integers(0, 3)),
+        max_size=20,
+    )
+)
+def test_a_prompt_is_named_alike_whatever_was_named_before(
+    prompts: list[tuple[str, list[int], int]],
+) -> None:
+    """Each a tenant, segments of few kinds, and a tail."""
+    namer = PromptNamer(segment_tokens=4, most=3)
+    for tenant, kinds, tail in prompts:
+        namespace = make_namespace("model", "codec", tenant)
+        ids = pack_ids([kind for kind in kinds for _ in range(4)] + [7] * tail)
+        named, wanted = namer.keys(namespace, ids), chain_keys(namespace, ids, segment_tokens=4)
+        assert named == wanted
+        assert [key.parent for key in named.segments] == [key.parent for key in wanted.segments]
+
+
+def test_what_a_prompt_shares_with_one_before_is_not_hashed_again() -> None:
+    namer = PromptNamer(most=2)
+    document = list(range(1000))
+    first = namer.keys(NAMESPACE, pack_ids(document)).segments
+    longer = namer.keys(NAMESPACE, pack_ids(document + document)).segments
+    other = namer.keys(NAMESPACE, pack_ids([*document[:600], *document])).segments
+    assert len(first) == 3 and all(a is b for a, b in zip(first, longer, strict=False))
+    assert all(a is b for a, b in zip(longer[:2], other, strict=False)) and longer[2] != other[2]
+    for prompt in ([5] * 256, [6] * 256):  # two others, for which the first ones are forgotten
+        namer.keys(NAMESPACE, pack_ids(prompt))
+    again = namer.keys(NAMESPACE, pack_ids(document)).segments
+    assert again == first and again[0] is not first[0]
 
 
 @pytest.mark.parametrize(
