@@ -16,25 +16,25 @@ _INCHES = (9.0, 0.35, 1.1)
 
 
 def plot(lines: Path, out: Path) -> None:
-    """One panel for each line of the file, in its order.
+    """One panel for each line of the file, in order; one for all throughput behind contexts of one length.
 
     Throughput is drawn against the number of contexts, kernels as percent of their limit, everything
     else as bars of time. Raises ValueError where the file holds no benchmark.
     """
     from matplotlib import pyplot
 
-    reports = _read(lines)
-    heights = [_INCHES[2] + _INCHES[1] * max(4, len(report["rows"])) for report in reports]
+    shared = _sharing(_read(lines))
+    heights = [_INCHES[2] + _INCHES[1] * max(4, len(reports[0]["rows"])) for reports in shared]
     figure, panels = pyplot.subplots(
-        len(reports),
+        len(shared),
         1,
         figsize=(_INCHES[0], sum(heights)),
         gridspec_kw={"height_ratios": heights},
         squeeze=False,
         layout="constrained",
     )
-    for axes, report in zip(panels[:, 0], reports, strict=True):
-        _panel(axes, report)
+    for axes, reports in zip(panels[:, 0], shared, strict=True):
+        _panel(axes, reports)
     figure.savefig(out, dpi=120)
     pyplot.close(figure)
 
@@ -54,13 +54,24 @@ def _read(lines: Path) -> list[dict[str, Any]]:
     return reports
 
 
-def _panel(axes: Axes, report: dict[str, Any]) -> None:
+def _sharing(reports: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Those of each panel."""
+    panels: dict[object, list[dict[str, Any]]] = {}
+    for number, report in enumerate(reports):
+        of_throughput = report["benchmark"] == "throughput"
+        panel = (report["setup"].get("geometry"), report["setup"].get("tokens")) if of_throughput else number
+        panels.setdefault(panel, []).append(report)
+    return list(panels.values())
+
+
+def _panel(axes: Axes, reports: Sequence[dict[str, Any]]) -> None:
+    report = reports[0]
     setup = {key: value for key, value in report["setup"].items() if value is not None}
     shown = ", ".join(f"{key} {value}" for key, value in setup.items() if key != "repeat")
     axes.set_title(f"{report['benchmark']}: {shown}\n{report['hardware']}", fontsize=8, loc="left")
     rows = report["rows"]
     if report["benchmark"] == "throughput":
-        _lines(axes, rows)
+        _lines(axes, reports)
     elif report["benchmark"] == "kernels":
         _bars(axes, rows, "of_limit_percent", "percent of the limit")
     elif report["benchmark"] == "longdoc":
@@ -85,12 +96,14 @@ def _bars(
         axes.set_xscale("log")
 
 
-def _lines(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+def _lines(axes: Axes, reports: Sequence[dict[str, Any]]) -> None:
     cases: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:  # "case, 6 contexts"
-        figures = row["figures"]
-        points = cases.setdefault(row["name"].rpartition(",")[0], [])
-        points.append((figures["contexts"], figures["tokens_per_second"]))
+    for report in reports:
+        when = f" ({report['date'][:10]})" if len(reports) > 1 else ""
+        for row in report["rows"]:  # "case, 6 contexts"
+            figures = row["figures"]
+            points = cases.setdefault(row["name"].rpartition(",")[0] + when, [])
+            points.append((figures["contexts"], figures["tokens_per_second"]))
     for case, points in cases.items():
         axes.plot(*zip(*points, strict=True), marker="o", label=case)
     axes.set_xlabel("contexts answered at once", fontsize=8)

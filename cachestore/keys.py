@@ -133,7 +133,7 @@ class PromptNamer:
     """
 
     def __init__(self, *, segment_tokens: int = 256, most: int = 16) -> None:
-        """most: prompts to remember."""
+        """most: prompts to remember, 4 bytes per token and a key per segment."""
         self._segment_tokens = segment_tokens
         self._last: deque[_Named] = deque(maxlen=most)
         self._lock = threading.Lock()

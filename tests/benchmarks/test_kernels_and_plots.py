@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib import pyplot
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from aquifer.server.cli import app
@@ -28,7 +30,10 @@ def test_every_kernel_has_a_share_of_its_limit(bench: Callable[..., Any]) -> Non
     assert all(row["name"] in said for row in kernels)
 
 
-def test_lines_of_every_kind_become_one_picture(bench_once: Callable[..., Any], tmp_path: Path) -> None:
+def test_lines_of_every_kind_become_one_picture(
+    bench_once: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Throughput measured twice behind contexts of one length is drawn in one panel."""
     lines, picture = tmp_path / "lines.jsonl", tmp_path / "speed.png"
     once = ("--json", str(lines))
     bench_once("store", "--tokens", "256", "--repeat", "1", *once)
@@ -37,10 +42,17 @@ def test_lines_of_every_kind_become_one_picture(bench_once: Callable[..., Any], 
         "throughput", "--tokens", "256", "--contexts", "1,2", "--new-tokens", "2", "--repeat", "1", *once
     )
     bench_once("longdoc", "--documents", "1", "--tokens", "300", "--new-tokens", "2", "--path", "gpu", *once)
-    assert len(lines.read_text().splitlines()) == 4
+    kept = lines.read_text().splitlines()
+    assert len(kept) == 4
+    lines.write_text("\n".join([*kept, kept[2]]))
+    drawn: list[Figure] = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
     result = CliRunner().invoke(app, ["bench", "plot", str(lines), "--out", str(picture)])
     assert result.exit_code == 0, result.output
     assert picture.read_bytes().startswith(PNG)
+    (figure,) = drawn
+    titles = [axes.get_title(loc="left").partition(":")[0] for axes in figure.axes]
+    assert titles == ["store", "kernels", "throughput", "longdoc"]
 
 
 @pytest.mark.parametrize("text", ["", "no json\n", '{"other": 1}\n'])
