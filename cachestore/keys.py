@@ -145,12 +145,16 @@ class PromptNamer:
         alike = max(known, key=lambda named: named.shared(ids), default=_Named(namespace, b"", ()))
         begun = alike.segments[: alike.shared(ids)]
         keys = chain_keys(namespace, ids, segment_tokens=self._segment_tokens, begun=begun)
+        if not keys.segments:
+            return keys
+        named = alike
         if len(begun) < len(keys.segments):
             whole = ids[: 4 * self._segment_tokens * len(keys.segments)]
-            with self._lock:
-                if alike in self._last and len(begun) == len(alike.segments):
-                    self._last.remove(alike)  # the new one says all that it says
-                self._last.append(_Named(namespace, whole, keys.segments))
+            named = _Named(namespace, whole, keys.segments)
+        with self._lock:
+            if alike in self._last and (named is alike or len(begun) == len(alike.segments)):
+                self._last.remove(alike)  # it is the newest now, or the newest says all that it says
+            self._last.append(named)
         return keys
 
 

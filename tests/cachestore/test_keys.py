@@ -84,10 +84,12 @@ def test_what_a_prompt_shares_with_one_before_is_not_hashed_again() -> None:
     other = namer.keys(NAMESPACE, pack_ids([*document[:600], *document])).segments
     assert len(first) == 3 and all(a is b for a, b in zip(first, longer, strict=False))
     assert all(a is b for a, b in zip(longer[:2], other, strict=False)) and longer[2] != other[2]
-    for prompt in ([5] * 256, [6] * 256):  # two others, for which the first ones are forgotten
-        namer.keys(NAMESPACE, pack_ids(prompt))
-    again = namer.keys(NAMESPACE, pack_ids(document)).segments
-    assert again == first and again[0] is not first[0]
+    namer.keys(NAMESPACE, pack_ids([5] * 256))  # for which `longer` is forgotten
+    fresh = namer.keys(NAMESPACE, pack_ids(document)).segments
+    assert fresh == first and fresh[0] is first[0] and fresh[2] is not first[2]
+    for prompt in ([6] * 256, document, [7] * 256, document):  # what is asked about again is kept
+        again = namer.keys(NAMESPACE, pack_ids(prompt)).segments
+    assert all(a is b for a, b in zip(again, fresh, strict=True))
 
 
 @pytest.mark.parametrize(
