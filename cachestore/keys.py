@@ -15,6 +15,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TYPE_CHECKING, Self
 
 from blake3 import blake3
@@ -142,17 +143,17 @@ class PromptNamer:
         """ids: as of `pack_ids`. Raises as `chain_keys` does."""
         with self._lock:
             known = [named for named in self._last if named.namespace == namespace]
-        alike = max(known, key=lambda named: named.shared(ids), default=_Named(namespace, b"", ()))
-        begun = alike.segments[: alike.shared(ids)]
-        keys = chain_keys(namespace, ids, segment_tokens=self._segment_tokens, begun=begun)
+        counted = [(named.shared(ids), named) for named in known]
+        shared, alike = max(counted, key=itemgetter(0), default=(0, _Named(namespace, b"", ())))
+        keys = chain_keys(namespace, ids, segment_tokens=self._segment_tokens, begun=alike.segments[:shared])
         if not keys.segments:
             return keys
         named = alike
-        if len(begun) < len(keys.segments):
+        if shared < len(keys.segments):
             whole = ids[: 4 * self._segment_tokens * len(keys.segments)]
             named = _Named(namespace, whole, keys.segments)
         with self._lock:
-            if alike in self._last and (named is alike or len(begun) == len(alike.segments)):
+            if alike in self._last and (named is alike or shared == len(alike.segments)):
                 self._last.remove(alike)  # it is the newest now, or the newest says all that it says
             self._last.append(named)
         return keys

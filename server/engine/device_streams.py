@@ -258,7 +258,7 @@ class ChainStream:
         segments = self._segments
         sinks, slots = numbers_of(runs).tensor_split([segments.first])
         segments.place_sinks(pool, sinks)
-        self._chain.emit_all(segments.rope, to_device(slots, pool.keys.device), pool)
+        emit_all([(self._chain, segments.rope, to_device(slots, pool.keys.device))], pool)
 
 
 class Chain:
@@ -278,11 +278,6 @@ class Chain:
         self._feed(0)
         self._advance(0)
         self._feed(1)
-
-    def emit_all(self, rope: tuple[Tensor, Tensor], slots: Tensor, pool: PagePool) -> None:
-        """Write all layers into pages. rope: cos and sin [T, D]; slots: int64 [T]."""
-        for layer, (keys, values) in enumerate(zip(pool.keys, pool.values, strict=True)):
-            self.emit_next(rope, slots, keys, values, after_caller=layer == 0)
 
     def emit_next(
         self,
@@ -340,6 +335,15 @@ class Chain:
             chain.after(self._used[layer - 1] if layer else None)
             self._decoder.advance(layer, Half.VALUES, data)
         self._advanced[layer] = chain.mark()
+
+
+def emit_all(chains: Sequence[tuple[Chain, tuple[Tensor, Tensor], Tensor]], pool: PagePool) -> None:
+    """Write all layers of some chains, side by side, into pages.
+
+    chains: each with cos and sin [T, D] and slots, int64 [T]."""
+    for layer, (keys, values) in enumerate(zip(pool.keys, pool.values, strict=True)):
+        for chain, rope, slots in chains:
+            chain.emit_next(rope, slots, keys, values, after_caller=layer == 0)
 
 
 def _emitted_sinks(rows: Tensor, spec: KVSpec, rope: tuple[Tensor, Tensor]) -> Tensor:

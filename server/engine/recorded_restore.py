@@ -21,7 +21,7 @@ from torch import Tensor
 
 from aquifer.compression.codec import Codec
 from aquifer.compression.spec import SEGMENT_TOKENS
-from aquifer.server.engine.device_streams import Chain, ChainedSegments, Queues
+from aquifer.server.engine.device_streams import Chain, ChainedSegments, Queues, emit_all
 from aquifer.server.engine.graphs import RECORDING_PRIORITY, GraphMemory, record_graph
 from aquifer.server.engine.host_memory import to_device
 from aquifer.server.engine.host_slices import HostSlices
@@ -117,10 +117,7 @@ class _Recording:
 
         def launch() -> None:
             # States and landings are taken while recording and dropped: recordings share their memory.
-            begun = [part.begin(len(pool.keys), rope_table) for part in self._parts]
-            for layer, (keys, values) in enumerate(zip(pool.keys, pool.values, strict=True)):
-                for chain, rope, slots in begun:
-                    chain.emit_next(rope, slots, keys, values, after_caller=layer == 0)
+            emit_all([part.begin(len(pool.keys), rope_table) for part in self._parts], pool)
 
         self._graph, grown = record_graph(launch, memory)
         self.device_bytes = grown + self._inputs.nbytes + sum(part.device_bytes for part in self._parts)

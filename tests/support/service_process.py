@@ -107,6 +107,7 @@ class ServiceProcess:
                 [*command, *as_flags(settings)], cwd=folder, env=environment, stdout=log, stderr=log
             )
         try:
+            # On a GPU it compiles its kernels first.
             wait_until(lambda: port_file.exists() or self._has_ended, seconds=240, poll_seconds=0.02)
             assert not self._has_ended, f"the service did not start:\n{self.log}"
         except BaseException:
