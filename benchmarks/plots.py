@@ -16,7 +16,7 @@ _INCHES = (9.0, 0.35, 1.1)
 
 
 def plot(lines: Path, out: Path) -> None:
-    """One panel for each line of the file, in order; one for all throughput behind contexts of one length.
+    """One panel for each line of the file, in order; one for throughput of one machine and length.
 
     Throughput is drawn against the number of contexts, kernels as percent of their limit, everything
     else as bars of time. Raises ValueError where the file holds no benchmark.
@@ -58,15 +58,19 @@ def _sharing(reports: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Those of each panel."""
     panels: dict[object, list[dict[str, Any]]] = {}
     for number, report in enumerate(reports):
-        of_throughput = report["benchmark"] == "throughput"
-        panel = (report["setup"].get("geometry"), report["setup"].get("tokens")) if of_throughput else number
+        panel: object = number
+        if report["benchmark"] == "throughput":
+            panel = report["hardware"], report["setup"].get("geometry"), report["setup"].get("tokens")
         panels.setdefault(panel, []).append(report)
     return list(panels.values())
 
 
 def _panel(axes: Axes, reports: Sequence[dict[str, Any]]) -> None:
     report = reports[0]
-    setup = {key: value for key, value in report["setup"].items() if value is not None}
+    alike = set.intersection(*(set(other["setup"].items()) for other in reports))
+    setup = {
+        key: value for key, value in report["setup"].items() if value is not None and (key, value) in alike
+    }
     shown = ", ".join(f"{key} {value}" for key, value in setup.items() if key != "repeat")
     axes.set_title(f"{report['benchmark']}: {shown}\n{report['hardware']}", fontsize=8, loc="left")
     rows = report["rows"]
