@@ -9,6 +9,7 @@ the last release).
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import heapq
 import itertools
 import mmap
@@ -49,8 +50,9 @@ class _Entry:
 class _ArenaLease(Lease):
     __slots__ = ("_arena", "_entry", "_open")
 
-    def __init__(self, arena: RamArena, entry: _Entry, data: memoryview, tier: str) -> None:
-        super().__init__(data, tier)
+    def __init__(self, arena: RamArena, entry: _Entry, tier: str) -> None:
+        start = entry.slot * arena._stride
+        super().__init__(arena._readable[start : start + entry.length], tier, arena._address + start)
         self._arena = arena
         self._entry = entry
         self._open = True
@@ -108,6 +110,7 @@ class RamArena:
                 self._map.madvise(mmap.MADV_HUGEPAGE)
         self.buffer = memoryview(self._map)
         self._readable = self.buffer.toreadonly()
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 
         self._lock = threading.Lock()
         self._free = list(range(num_slots - 1, -1, -1))
@@ -284,8 +287,7 @@ class RamArena:
     def _lease(self, entry: _Entry, found_in: str) -> Lease:
         entry.leases += 1
         self._open_leases += 1
-        start = entry.slot * self._stride
-        return _ArenaLease(self, entry, self._readable[start : start + entry.length], found_in)
+        return _ArenaLease(self, entry, found_in)
 
     def _release(self, lease: _ArenaLease) -> None:
         with self._lock:

@@ -16,16 +16,18 @@ if TYPE_CHECKING:
 class Lease:
     """A record that stays where it is, unchanged, until it is released.
 
-    `tier` says where the record was found. Release every lease (it is a context manager): a
+    `tier` says where the record was found; `address` where it lies, if that is in the arena (which a server
+    with a device page-locks), else None. Release every lease (it is a context manager): a
     leased arena slot is never evicted. There is no release on garbage collection, because a
     view of `data` may well outlive the lease object.
     """
 
-    __slots__ = ("_data", "tier")
+    __slots__ = ("_data", "address", "tier")
 
-    def __init__(self, data: memoryview, tier: str) -> None:
+    def __init__(self, data: memoryview, tier: str, address: int | None = None) -> None:
         self._data: memoryview | None = data
         self.tier = tier
+        self.address = address
 
     @property
     def data(self) -> memoryview:

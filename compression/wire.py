@@ -6,8 +6,8 @@
     end - 16      xxh3-128 over everything before it
 
 The header area has a fixed size, so a codec's records have one size per token count and fit fixed slots.
-`verify` is the full check, made once when a record comes in from outside; `open_record` is the cheap one,
-made at every use. Whatever either refuses is a miss to the caller, never a guess.
+`verify` is the full check, made once when a record comes in from outside; `RecordOpener` makes the cheap one,
+at every use. Whatever either refuses is a miss to the caller, never a guess.
 
     WireError(ValueError)
     ├── DamagedRecordError   truncated, checksum differs, header does not parse
@@ -103,19 +103,28 @@ def verify(record: Buffer, chain: bytes) -> None:
         raise ForeignRecordError(f"asked for a record with chain {chain!r}, found {header['chain']!r}")
 
 
-def open_record(record: Buffer, asked: RecordHeader) -> memoryview:
-    """The body of a record that was verified when it came in. No checksum is computed.
+class RecordOpener:
+    """Opens records that were verified when they came in, without computing a checksum. All that may differ
+    between its records is the chain."""
 
-    Raises WireError unless the record is of this version and says exactly what is asked for.
-    """
-    view = memoryview(record).cast("B")
-    if bytes(view[:HEADER_BYTES]) == _header_area(asked, view.nbytes - record_bytes(0)):
+    def __init__(self, kind: RecordKind, codec: str, start: int, num_tokens: int, body_bytes: int) -> None:
+        """The fields of a record's header, and the size of its body. Raises ValueError if they do not fit."""
+        self._asked = RecordHeader(kind, codec, _NO_CHAIN, start, num_tokens)._asdict()
+        self._asked["body_bytes"] = body_bytes
+        self._size = record_bytes(body_bytes)
+        self._before, self._behind = _around_chain(kind, codec, start, num_tokens, body_bytes)
+
+    def open(self, record: Buffer, chain: bytes) -> memoryview:
+        """The body. Raises WireError unless the record has this version and says just what is asked for."""
+        view = memoryview(record)
+        same = bytes(view[:HEADER_BYTES]) == self._before + chain + self._behind
+        if same and view.nbytes == self._size:
+            return body_of(view)
+        header = _parse(view)  # says what is wrong, or packs the same in another way
+        for name, value in {**self._asked, "chain": chain}.items():
+            if header[name] != value:
+                raise ForeignRecordError(f"asked for a record with {name} {value!r}, found {header[name]!r}")
         return body_of(view)
-    header = _parse(view)  # says what is wrong, or packs the same in another way
-    for name, value in asked._asdict().items():
-        if header[name] != value:
-            raise ForeignRecordError(f"asked for a record with {name} {value!r}, found {header[name]!r}")
-    return body_of(view)
 
 
 def _header_area(header: RecordHeader, body_bytes: int) -> bytes:

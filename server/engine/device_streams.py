@@ -22,6 +22,7 @@ from aquifer.compression.codec import Codec
 from aquifer.compression.spec import KVSpec
 from aquifer.kernels.attention import attend, attend_in_pieces
 from aquifer.kernels.rope import apply_rope
+from aquifer.server.engine.fetch import StoredRecord
 from aquifer.server.engine.host_memory import to_device
 from aquifer.server.engine.host_slices import HostRecords, HostSlices
 from aquifer.server.engine.pages import PagePool
@@ -150,13 +151,13 @@ class ChainedSegments:
     def __init__(
         self,
         codec: Codec,
-        bodies: Sequence[memoryview],
+        records: Sequence[StoredRecord],
         spans: Sequence[tuple[int, int]],
         rope_table: Callable[[Tensor], tuple[Tensor, Tensor]],
         sinks: Tensor | None,
         device: torch.device,
     ) -> None:
-        """bodies: of one record per segment; they must stay as they are.
+        """records: one per segment; they must stay as they are.
         spans: (first token, number of tokens) of each segment.
         rope_table: gives cos and sin [T, D] of positions [T]; asked while bytes are on their way.
         sinks: the first tokens, [L, 2, S, C] before RoPE, in host memory."""
@@ -164,7 +165,7 @@ class ChainedSegments:
         self._codec, self._chain, self._spec, self._device = codec, codec.chain, codec.spec, device
         self.spans = spans
         self.counts = tuple(count for _, count in spans)
-        self.records = HostRecords(bodies, device)
+        self.records = HostRecords(records, device)
         self._rope_table, self._sinks = rope_table, sinks
         self.first = 0 if sinks is None else sinks.shape[2]
         """Row of the first token that is no sink."""

@@ -14,22 +14,31 @@ from aquifer.cachestore.store import TieredStore
 from aquifer.cachestore.tier import Lease
 from aquifer.compression.codec import Codec
 from aquifer.compression.spec import SINK_TOKENS
-from aquifer.compression.wire import RecordHeader, RecordKind, WireError, open_record
+from aquifer.compression.wire import HEADER_BYTES, RecordKind, RecordOpener, WireError
 from aquifer.server.engine.gate import LoadGate
 from aquifer.server.engine.records import segment_span
 
 log = structlog.get_logger(__name__)
 
+_Place = tuple[RecordKind, int, SegmentKey]
+"""A record of a prompt: of which segment, and its key. The sinks go with segment 0."""
 
-@dataclass(frozen=True)
+
+@dataclass(slots=True, eq=False)  # not frozen: a long prompt has a thousand, made while its device waits
 class StoredRecord:
     """An opened record: `body` is valid until the lease is released."""
 
     lease: Lease
     body: memoryview
 
+    @property
+    def address(self) -> int | None:
+        """Where the body lies, if that is in the arena; see Lease."""
+        address = self.lease.address
+        return None if address is None else address + HEADER_BYTES
 
-@dataclass(frozen=True)
+
+@dataclass(slots=True, eq=False)
 class StoredSegment:
     """A segment that was found. sinks: the record of the first tokens; only with segment 0."""
 
@@ -64,7 +73,7 @@ class Fetcher:
         self._codecs: dict[RecordKind, Codec] = {"segment": codec, "sinks": raw}
         self._store = store
         self._gate = gate
-        self._body_bytes = cache(lambda kind, num_tokens: self._codecs[kind].segment_bytes(num_tokens))
+        self._opener = cache(self._new_opener)
 
     def fetch(self, keys: PromptKeys, indices: Sequence[int]) -> Fetched:
         """Lease the records of these segments, and open them. All are asked for at once: a hole is
@@ -73,52 +82,75 @@ class Fetcher:
         tiers = self._store.contains([keys.segments[index] for index in indices])
         held = {index: tier for index, tier in zip(indices, tiers, strict=True) if tier is not None}
         wanted = [index for index, tier in held.items() if self._gate.worth_loading(tier)]
-        asked = [keys.segments[index] for index in wanted]
-        sinks_key = keys.sinks if 0 in wanted else None
-        if sinks_key:
-            asked.insert(0, sinks_key)  # at its place in the prefix, whose end is evicted first
-        leases = self._store.get(asked) if asked else []
-        sinks = leases.pop(0) if sinks_key else None
-        found = []
-        for index, lease in zip(wanted, leases, strict=True):
-            segment = self._open_segment(index, keys, lease, sinks)
-            if segment is None:
-                del held[index]
-            else:
-                found.append(segment)
+        places = _places(keys, wanted)
+        leases = self._store.get([key for _, _, key in places]) if places else []
+        records = [self._open_or_refuse(place, lease) for place, lease in zip(places, leases, strict=True)]
+        found = _segments(wanted, records)
+        for index in set(wanted).difference(segment.index for segment in found):
+            del held[index]
         return Fetched(found, set(held), time.perf_counter() - started)
 
-    def _open_segment(
-        self, index: int, keys: PromptKeys, lease: Lease | None, sinks_lease: Lease | None
-    ) -> StoredSegment | None:
-        """sinks_lease: for segment 0."""
-        record = self._open("segment", keys.segments[index], lease, *segment_span(index))
-        if index > 0:
-            return StoredSegment(index, record) if record else None
-        sinks = self._open("sinks", keys.sinks, sinks_lease, 0, SINK_TOKENS) if keys.sinks else None
-        if record and sinks:
-            return StoredSegment(index, record, sinks)
-        # One without the other is a miss: both are recomputed.
-        for half in (record, sinks):
-            if half:
-                half.lease.release()
-        return None
+    def fetch_at_hand(self, keys: PromptKeys, indices: Sequence[int]) -> Fetched | None:
+        """As `fetch`, if all of it is in RAM and sound; else None. Waits for nobody."""
+        started = time.perf_counter()
+        places = _places(keys, indices)
+        if not self._gate.worth_loading(self._store.ram.name):
+            return None
+        leases = self._store.get_at_hand([key for _, _, key in places])
+        if leases is None:
+            return None
+        try:
+            records = [self._open(place, lease) for place, lease in zip(places, leases, strict=True)]
+        except WireError:
+            for lease in leases:
+                lease.release()
+            return None
+        return Fetched(_segments(indices, [*records]), set(indices), time.perf_counter() - started)
 
-    def _open(
-        self, kind: RecordKind, key: SegmentKey, lease: Lease | None, start: int, num_tokens: int
-    ) -> StoredRecord | None:
+    def _open(self, place: _Place, lease: Lease) -> StoredRecord:
+        """Raises WireError for a record that must not be used."""
+        kind, index, key = place
+        return StoredRecord(lease, self._opener(kind, index).open(lease.data, key.digest))
+
+    def _open_or_refuse(self, place: _Place, lease: Lease | None) -> StoredRecord | None:
         if lease is None:
             return None
-        codec, expected = self._codecs[kind], self._body_bytes(kind, num_tokens)
         try:
-            body = open_record(
-                lease.data, RecordHeader(kind, codec.fingerprint, key.digest, start, num_tokens)
-            )
-            if body.nbytes != expected:
-                raise WireError(f"body of {body.nbytes} bytes, expected {expected}")
+            return self._open(place, lease)
         except WireError as error:
+            kind, _, key = place
             log.warning("record refused", tier=lease.tier, kind=kind, reason=str(error))
             lease.release()
             self._store.delete([key])
             return None
-        return StoredRecord(lease, body)
+
+    def _new_opener(self, kind: RecordKind, index: int) -> RecordOpener:
+        """Of the segment, or the sinks, at this place of a prompt."""
+        codec = self._codecs[kind]
+        start, num_tokens = segment_span(index) if kind == "segment" else (0, SINK_TOKENS)
+        return RecordOpener(kind, codec.fingerprint, start, num_tokens, codec.segment_bytes(num_tokens))
+
+
+def _places(keys: PromptKeys, indices: Sequence[int]) -> list[_Place]:
+    """The records of some segments, in the order of the prompt, whose end is evicted first."""
+    places: list[_Place] = [("segment", index, keys.segments[index]) for index in indices]
+    if keys.sinks is not None and 0 in indices:
+        places.insert(0, ("sinks", 0, keys.sinks))
+    return places
+
+
+def _segments(indices: Sequence[int], records: list[StoredRecord | None]) -> list[StoredSegment]:
+    """What the records of their places make of some segments; None: it was not found."""
+    sinks = records.pop(0) if len(records) > len(indices) else None
+    found = []
+    for index, record in zip(indices, records, strict=True):
+        if index > 0 and record:
+            found.append(StoredSegment(index, record))
+        elif index == 0 and record and sinks:
+            found.append(StoredSegment(index, record, sinks))
+        elif index == 0:
+            # One without the other is a miss: both are recomputed.
+            for half in (record, sinks):
+                if half:
+                    half.lease.release()
+    return found

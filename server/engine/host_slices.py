@@ -9,6 +9,7 @@ from torch import Tensor
 
 from aquifer.compression.codec import Codec
 from aquifer.kernels.triton.gather import gather_slices
+from aquifer.server.engine.fetch import StoredRecord
 from aquifer.server.engine.host_memory import to_device
 from aquifer.server.engine.records import as_tensor
 
@@ -22,33 +23,22 @@ arrive, so that half a megabyte has to be asked for at a time (gather.py)."""
 class HostRecords:
     """The bodies of some records at addresses that a device can read."""
 
-    def __init__(self, bodies: Sequence[memoryview], device: torch.device) -> None:
-        """bodies: of bytes; they must stay as they are, and this object must live, until the device has read
-        them. Those that are not page-locked are copied to memory that is."""
+    def __init__(self, records: Sequence[StoredRecord], device: torch.device) -> None:
+        """records: must stay as they are, and this object must live, until the device has read them. Those
+        that lie elsewhere than in the arena are copied, on CUDA to memory that is page-locked."""
         self._device = device
-        self._bodies = [as_tensor(body) for body in bodies]
-        if device.type == "cuda":
-            self._page_lock([body.obj for body in bodies])
-
-    @property
-    def addresses(self) -> list[int]:
-        return [body.data_ptr() for body in self._bodies]
+        self.addresses = [record.address or 0 for record in records]
+        elsewhere = [number for number, address in enumerate(self.addresses) if not address]
+        if elsewhere:
+            bodies = [as_tensor(records[number].body) for number in elsewhere]
+            sizes = [-(-body.numel() // 256) * 256 for body in bodies]
+            self._copies = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
+            for number, body, room in zip(elsewhere, bodies, self._copies.split(sizes), strict=True):
+                self.addresses[number] = room[: body.numel()].copy_(body).data_ptr()
 
     def on_device(self) -> Tensor:
         """The addresses, int64 [N]."""
         return to_device(torch.tensor(self.addresses), self._device)
-
-    def _page_lock(self, owners: Sequence[object]) -> None:
-        """owners: of the bodies' memory, each of which is page-locked as a whole or not at all."""
-        by_owner = {id(owner): body for owner, body in zip(owners, self._bodies, strict=True)}
-        locked = {number for number, body in by_owner.items() if body.is_pinned()}
-        elsewhere = [number for number, owner in enumerate(owners) if id(owner) not in locked]
-        if elsewhere:
-            sizes = [-(-self._bodies[number].numel() // 256) * 256 for number in elsewhere]
-            memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
-            for number, room in zip(elsewhere, memory.split(sizes), strict=True):
-                body = self._bodies[number]
-                self._bodies[number] = room[: body.numel()].copy_(body)
 
 
 class HostSlices:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import structlog
 
@@ -31,6 +32,8 @@ from aquifer.server.engine.state import Phase, RequestState
 from aquifer.server.engine.streams import SegmentReader
 from aquifer.server.engine.types import FailedEvent, FinishReason
 from aquifer.server.engine.writer import SegmentWriter
+
+T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
@@ -179,15 +182,17 @@ class StepLoop:
         state.sink(FailedEvent("overloaded", message))
 
     def _fetch(self, state: RequestState) -> None:
-        """Ask the tiers for what is not on the device; nothing waits for the answer."""
+        """Ask the tiers for what is not on the device; nothing waits for an answer that takes time."""
         state.phase = Phase.FETCHING
         self._metrics.request_queue_seconds.observe(state.queue_seconds)
         self._claims.add(state)
-        if not state.missing:
-            self._fetched(state, Fetched([], set(), 0.0))
+        fetcher, asked = self._fetcher, (state.keys, state.missing)
+        at_hand = _brought(lambda: fetcher.fetch_at_hand(*asked)) if state.missing else _NOTHING
+        if at_hand is not None:
+            self._fetched(state, at_hand)
             return
-        future = self._fetch_threads.submit(self._fetcher.fetch, state.keys, state.missing)
-        future.add_done_callback(lambda done: self._post(lambda: self._fetched(state, _result(done))))
+        future = self._fetch_threads.submit(fetcher.fetch, *asked)
+        future.add_done_callback(lambda done: self._post(lambda: self._fetched(state, _brought(done.result))))
 
     def _fetched(self, state: RequestState, fetched: Fetched) -> None:
         if state.phase is not Phase.FETCHING:  # cancelled meanwhile
@@ -386,10 +391,13 @@ class StepLoop:
             self._admission.release(state.room)
 
 
-def _result(done: Future[Fetched]) -> Fetched:
-    """What a fetch brought. One that failed brought nothing: a cache never fails a request."""
-    error = done.exception()
-    if error is None:
-        return done.result()
-    log.error("fetch failed; recomputing", exc_info=error)
-    return Fetched([], set(), 0.0)
+def _brought(fetch: Callable[[], T]) -> T | Fetched:
+    """What a fetch brings. One that fails brings nothing: a cache never fails a request."""
+    try:
+        return fetch()
+    except Exception as error:
+        log.error("fetch failed; recomputing", exc_info=error)
+        return _NOTHING
+
+
+_NOTHING = Fetched([], set(), 0.0)

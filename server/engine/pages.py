@@ -14,7 +14,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from aquifer.cachestore.keys import SegmentKey
@@ -32,7 +34,9 @@ class PageAllocator:
         """keep: whether pages nobody uses stay registered."""
         self.num_pages = num_pages
         self._keep = keep
-        self._free = set(range(num_pages))
+        # With one that is never free at either end, so that runs of free ones begin and end everywhere.
+        self._is_free = np.pad(np.ones(num_pages, dtype=bool), 1)
+        self._num_free = num_pages
         self._users = [0] * num_pages
         self._key_of: dict[int, SegmentKey] = {}
         self._page_of: dict[SegmentKey, int] = {}
@@ -41,12 +45,12 @@ class PageAllocator:
     @property
     def used_pages(self) -> int:
         """Pages that hold something, shared or private."""
-        return self.num_pages - len(self._free)
+        return self.num_pages - self._num_free
 
     @property
     def available_pages(self) -> int:
         """Pages that `allocate` could hand out now."""
-        return len(self._free) + len(self._idle)
+        return self._num_free + len(self._idle)
 
     def acquire(self, key: SegmentKey) -> int | None:
         """Use the page registered under key, or None. Give it back with `release`."""
@@ -66,12 +70,13 @@ class PageAllocator:
         """
         if count > self.available_pages:
             return None
-        while len(self._free) < count:
-            self._free.add(self._unregister(next(iter(self._idle))))
-        pages = _longest_runs_first(self._free, count)
+        while self._num_free < count:
+            self._free(self._unregister(next(iter(self._idle))))
+        pages = _longest_runs_first(self._is_free, count)
         for page in pages:
-            self._free.remove(page)
+            self._is_free[page + 1] = False
             self._users[page] = 1
+        self._num_free -= count
         return pages
 
     def register(self, page: int, key: SegmentKey) -> None:
@@ -89,8 +94,7 @@ class PageAllocator:
             if page in self._key_of and self._keep:
                 self._idle[page] = None
             else:
-                self._unregister(page)
-                self._free.add(page)
+                self._free(self._unregister(page))
 
     def forget(self, keys: Iterable[SegmentKey]) -> None:
         """Stop sharing these segments; idle pages are freed, used ones when their users are done."""
@@ -101,12 +105,16 @@ class PageAllocator:
             idle = page in self._idle
             self._unregister(page)
             if idle:
-                self._free.add(page)
+                self._free(page)
 
     def drop_idle(self) -> None:
         """Empty the cache of pages nobody uses."""
         while self._idle:
-            self._free.add(self._unregister(next(iter(self._idle))))
+            self._free(self._unregister(next(iter(self._idle))))
+
+    def _free(self, page: int) -> None:
+        self._is_free[page + 1] = True
+        self._num_free += 1
 
     def _unregister(self, page: int) -> int:
         key = self._key_of.pop(page, None)
@@ -204,23 +212,20 @@ def pages_of(tokens: int) -> int:
     return -(-tokens // SEGMENT_TOKENS)
 
 
-def _longest_runs_first(free: set[int], count: int) -> list[int]:
-    """Choose `count` of the free pages in as few ascending runs as is easily found.
+def _longest_runs_first(is_free: NDArray[np.bool_], count: int) -> list[int]:
+    """Choose `count` pages, of which at least so many are free, in as few ascending runs as is easily found.
 
     The shortest run that holds them all is taken, else the longest run and then the rest: a large
-    document keeps few, long pieces, and small requests do not cut up large gaps.
+    document keeps few, long pieces, and small requests do not cut up large gaps. is_free: as above.
     """
-    runs: list[list[int]] = []
-    for page in sorted(free):
-        if runs and runs[-1][-1] + 1 == page:
-            runs[-1].append(page)
-        else:
-            runs.append([page])
+    edges = np.flatnonzero(is_free[1:] != is_free[:-1])
+    firsts, lasts = edges[0::2], edges[1::2]
+    sizes = lasts - firsts
     chosen: list[int] = []
     while len(chosen) < count:
         missing = count - len(chosen)
-        fitting = [run for run in runs if len(run) >= missing]
-        run = min(fitting, key=len) if fitting else max(runs, key=len)
-        runs.remove(run)
-        chosen += run[:missing]
+        fitting = np.flatnonzero(sizes >= missing)
+        run = fitting[sizes[fitting].argmin()] if len(fitting) else sizes.argmax()
+        chosen += range(firsts[run], firsts[run] + min(missing, sizes[run]))
+        sizes[run] = 0
     return chosen

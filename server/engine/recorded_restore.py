@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import structlog
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from aquifer.compression.codec import Codec
 from aquifer.compression.spec import SEGMENT_TOKENS
 from aquifer.server.engine.device_streams import Chain, ChainedSegments, Queues, emit_all
 from aquifer.server.engine.graphs import RECORDING_PRIORITY, GraphMemory, record_graph
-from aquifer.server.engine.host_memory import to_device
+from aquifer.server.engine.host_memory import fill
 from aquifer.server.engine.host_slices import HostSlices
 from aquifer.server.engine.pages import BlockTable, PagePool
 from aquifer.server.engine.records import numbers_of
@@ -104,7 +105,7 @@ class _Recording:
     ) -> None:
         """counts: tokens of each segment. queues: of each part."""
         device = pool.keys.device
-        self._pool = pool
+        self._pool, self._beside = pool, queues[0]
         self._inputs = torch.tensor(_ABSENT)[:, None].repeat(1, len(counts)).to(device)
         """int64 [3, N]: where the records lie, first slots, first tokens."""
         half = -(-len(counts) // 2) if len(counts) > FEWEST else len(counts)
@@ -129,10 +130,15 @@ class _Recording:
         present = segments.records.addresses, slots, tokens
         missing = self._inputs.shape[1] - len(tokens)
         numbers = [[*known, *[absent] * missing] for known, absent in zip(present, _ABSENT, strict=True)]
-        self._inputs.copy_(to_device(torch.tensor(numbers), self._inputs.device))
+        fill(self._inputs, torch.from_numpy(np.array(numbers)))
+        beside, before = self._beside, self._beside.callers()
         self._graph.replay()
         if segments.first:
-            segments.place_sinks(self._pool, numbers_of(table.runs([(0, segments.first)])))
+            # Launched while the graph runs, and done beside it.
+            beside.emits.after(before)
+            with beside.emits.here():
+                segments.place_sinks(self._pool, numbers_of(table.runs([(0, segments.first)])))
+            beside.let_caller_wait(beside.emits.mark())
 
 
 class _Part:

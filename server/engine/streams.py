@@ -96,9 +96,8 @@ class SegmentSource:
             sinks = None
             if len(parts) == 2:
                 sinks = reader.raw.rows(as_tensor(parts[0][1][0].body))
-            bodies = [segment.record.body for segment in segments]
             self.chained = ChainedSegments(
-                reader.codec, bodies, spans, adapter.rope_table, sinks, self._device
+                reader.codec, parts[-1][1], spans, adapter.rope_table, sinks, self._device
             )
         else:
             self._parts = [_Records(codec, records, counts, self._device) for codec, records, counts in parts]
@@ -165,7 +164,6 @@ class _Records:
         self, codec: Codec, records: Sequence[StoredRecord], counts: Sequence[int], device: torch.device
     ) -> None:
         self._codec, self._counts, self._device = codec, counts, device
-        bodies = [record.body for record in records]
         layers = range(codec.spec.num_layers)
         sizes = {count: [codec.layer_bytes(layer, count) for layer in layers] for count in set(counts)}
         by_record = [sizes[count] for count in counts]
@@ -174,10 +172,11 @@ class _Records:
         if device.type == "cuda":
             from aquifer.server.engine.host_slices import HostRecords, HostSlices
 
-            self._records = HostRecords(bodies, device)
+            self._records = HostRecords(records, device)
             self._slices = HostSlices(codec, counts, self._records.on_device())
         else:
-            parts = [as_tensor(body).split(own) for body, own in zip(bodies, by_record, strict=True)]
+            bodies = [as_tensor(record.body) for record in records]
+            parts = [body.split(own) for body, own in zip(bodies, by_record, strict=True)]
             self._by_layer = [list(slices) for slices in zip(*parts, strict=True)]
 
     @property

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 
 from aquifer.cachestore.arena import RamArena
 from aquifer.cachestore.keys import SegmentKey, chain_keys, make_namespace
+from aquifer.cachestore.tier import copy_of, lease_of_own
 
 NAMESPACE = make_namespace("model", "codec", "")
 
@@ -170,6 +173,22 @@ def test_a_released_lease_hides_its_bytes() -> None:
         assert lease.data.readonly
     with pytest.raises(ValueError, match="released"):
         _ = lease.data
+
+
+def test_a_lease_says_where_its_bytes_lie() -> None:
+    arena = RamArena(4 * 256, 256)
+    keys = chain(3)
+    arena.put(keys[0], b"first")
+    reservation = arena.reserve(keys[1], 6)
+    assert reservation is not None
+    reservation.buffer[:] = b"second"
+    second, _ = reservation.commit("redis")
+    third, _ = arena.insert(keys[2], *copy_of(b"third"))
+    (first,) = arena.get(keys[:1])
+    for lease, body in ((first, b"first"), (second, b"second"), (third, b"third")):
+        assert lease is not None and lease.address is not None and lease.data == body
+        assert ctypes.string_at(lease.address, len(body)) == body
+    assert lease_of_own(*copy_of(b"elsewhere"), "own").address is None
 
 
 def test_a_record_larger_than_a_slot_is_refused() -> None:

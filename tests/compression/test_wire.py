@@ -9,9 +9,9 @@ from aquifer.compression.wire import (
     DamagedRecordError,
     ForeignRecordError,
     RecordHeader,
+    RecordOpener,
     UnknownFormatError,
     WireError,
-    open_record,
     record_bytes,
     sealed,
     verify,
@@ -24,7 +24,8 @@ RECORD = sealed(HEADER, BODY)
 
 
 def open_as(header: RecordHeader, record: bytes = RECORD) -> memoryview:
-    return open_record(record, header)
+    kind, codec, chain, start, num_tokens = header
+    return RecordOpener(kind, codec, start, num_tokens, len(BODY)).open(record, chain)
 
 
 def test_a_sealed_body_comes_back() -> None:

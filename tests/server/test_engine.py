@@ -1,6 +1,7 @@
 """The engine's promise: with a lossless codec, whatever else is running and wherever the KV came
 from, the tokens are those of plain `generate`."""
 
+import ctypes
 import itertools
 import re
 import time
@@ -302,10 +303,46 @@ def test_a_failing_fetch_is_a_miss_and_not_an_error(
     def broken(keys: object) -> None:
         raise OSError("the store is broken")
 
-    monkeypatch.setattr(engine.store, "get", broken)
+    for name in ("get", "get_at_hand"):
+        monkeypatch.setattr(engine.store, name, broken)
     tokens, last = answer(engine, ask(ids))
     assert tokens == greedy_reference(model, ids, 8)
     assert last.cached.total == 0
+
+
+def test_what_is_in_ram_is_found_by_the_engines_own_thread(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(tiny_model("llama"), keep=False)
+    ids = prompt(30, 600)
+    tokens, _ = answer(engine, ask(ids))
+    assert engine.flush(30)
+    monkeypatch.setattr(engine.store, "get", lambda keys: [None] * len(keys))
+    again, last = answer(engine, ask(ids))
+    assert again == tokens and last.cached.ram == 512
+    engine.store.ram.delete(engine._keys(ids, "").segments[1:])
+    again, last = answer(engine, ask(ids))
+    assert again == tokens and last.cached.total == 0  # what is not at hand is asked for as before
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_record_that_changed_in_ram_is_refused_and_computed_again(
+    which: int, make_engine: MakeEngine
+) -> None:
+    engine = make_engine(tiny_model("llama"), keep=False)
+    ids = prompt(31, 800)
+    tokens, _ = answer(engine, ask(ids))
+    assert engine.flush(30)
+    (lease,) = engine.store.ram.get(engine._keys(ids, "").segments[which : which + 1])
+    assert lease is not None and lease.address is not None
+    lease.release()
+    ctypes.memset(lease.address + 20, 0xFF, 8)  # of its header
+    again, last = answer(engine, ask(ids))
+    assert again == tokens and last.cached.ram == 512
+    assert engine.flush(30)
+    again, last = answer(engine, ask(ids))
+    assert again == tokens and last.cached.ram == 768
+    assert engine.store.ram.open_leases == 0
 
 
 def test_a_sink_that_raises_ends_only_its_own_request(make_engine: MakeEngine) -> None:

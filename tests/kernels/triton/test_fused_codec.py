@@ -146,6 +146,12 @@ def test_only_geometries_of_the_kernels_fit() -> None:
     assert not fits(spec(8, 96), torch.bfloat16)
 
 
+def own_record(body: Tensor) -> StoredRecord:
+    """A record that lies elsewhere than in an arena."""
+    view = memoryview(body.numpy())
+    return StoredRecord(Lease(view, "own"), view)
+
+
 class Stored:
     """Segments and sinks in host memory, and what they are worth."""
 
@@ -171,8 +177,8 @@ class Stored:
         """So many, from token `first` on, which is that of the sinks or the one behind them."""
         sinks = None if first else self.sinks
         spans = [(4 + sum(COUNTS[:i]), COUNTS[i]) for i in range(count)]
-        bodies = [memoryview(body.numpy()) for body in self.bodies[:count]]
-        return ChainedSegments(self.codec, bodies, spans, self.rope_table, sinks, self.rope[0].device)
+        records = [own_record(body) for body in self.bodies[:count]]
+        return ChainedSegments(self.codec, records, spans, self.rope_table, sinks, self.rope[0].device)
 
     def expected(self, first: int) -> Tensor:
         """Keys after RoPE and values [L, 2, H, T, D] from token `first` on."""
@@ -359,7 +365,7 @@ def test_a_source_goes_with_its_last_user(device: torch.device) -> None:
     )
     raw = RawCodec(SPEC)
     rows, sinks = (
-        StoredRecord(Lease(memoryview(body), "own"), memoryview(body))
+        own_record(torch.frombuffer(bytearray(body), dtype=torch.uint8))
         for body in (bytes(codec.segment_bytes(252)), bytes(raw.segment_bytes(4)))
     )
     source = SegmentReader(adapter, codec, raw, Metrics()).source([StoredSegment(0, rows, sinks)])
@@ -378,7 +384,7 @@ def test_layers_of_any_codec_land_in_order(device: torch.device, launched: list[
     keys, values = kv(40, device)
     bodies = [segment.cpu() for segment in raw.encode(keys, values, [24, 16])]
     sizes = [[raw.layer_bytes(layer, n) for n in (24, 16)] for layer in range(SPEC.num_layers)]
-    records = HostRecords([memoryview(body.numpy()) for body in bodies], device)
+    records = HostRecords([own_record(body) for body in bodies], device)
     slices = HostSlices(raw, [24, 16], records.on_device())
     next_layer = LandedLayers(slices, raw.decoder([24, 16], device), sizes)
     for expected in zip(keys, values, strict=True):
