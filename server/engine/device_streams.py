@@ -74,6 +74,11 @@ class Queues:
         """Made where it is used: never by the queues that restores are recorded on."""
         return Queue(self._device, self._priority)
 
+    @cached_property
+    def sinks(self) -> Queue:
+        """Not of their priority, because others may be recording on streams of that."""
+        return Queue(self._device)
+
     def callers(self) -> torch.cuda.Event:
         """What happens when all of the caller's work up to now is done."""
         return torch.cuda.current_stream(self._device).record_event()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -77,7 +77,14 @@ class Fetcher:
 
     def fetch(self, keys: PromptKeys, indices: Sequence[int]) -> Fetched:
         """Lease the records of these segments, and open them. All are asked for at once: a hole is
-        recomputed and what lies behind it still used. Bad data is a miss, never an error."""
+        recomputed and what lies behind it still used. Bad data is a miss, never an error; so is a failure."""
+        return _tried(self._fetch, keys, indices) or Fetched([], set(), 0.0)
+
+    def fetch_at_hand(self, keys: PromptKeys, indices: Sequence[int]) -> Fetched | None:
+        """As `fetch`, if all of it is in RAM and sound; else None. Waits for nobody."""
+        return _tried(self._fetch_at_hand, keys, indices)
+
+    def _fetch(self, keys: PromptKeys, indices: Sequence[int]) -> Fetched:
         started = time.perf_counter()
         tiers = self._store.contains([keys.segments[index] for index in indices])
         held = {index: tier for index, tier in zip(indices, tiers, strict=True) if tier is not None}
@@ -90,8 +97,7 @@ class Fetcher:
             del held[index]
         return Fetched(found, set(held), time.perf_counter() - started)
 
-    def fetch_at_hand(self, keys: PromptKeys, indices: Sequence[int]) -> Fetched | None:
-        """As `fetch`, if all of it is in RAM and sound; else None. Waits for nobody."""
+    def _fetch_at_hand(self, keys: PromptKeys, indices: Sequence[int]) -> Fetched | None:
         started = time.perf_counter()
         places = _places(keys, indices)
         if not self._gate.worth_loading(self._store.ram.name):
@@ -129,6 +135,17 @@ class Fetcher:
         codec = self._codecs[kind]
         start, num_tokens = segment_span(index) if kind == "segment" else (0, SINK_TOKENS)
         return RecordOpener(kind, codec.fingerprint, start, num_tokens, codec.segment_bytes(num_tokens))
+
+
+def _tried(
+    fetch: Callable[[PromptKeys, Sequence[int]], Fetched | None], keys: PromptKeys, indices: Sequence[int]
+) -> Fetched | None:
+    """What a fetch brings; None if it fails: a cache never fails a request."""
+    try:
+        return fetch(keys, indices)
+    except Exception as error:
+        log.error("fetch failed; recomputing", exc_info=error)
+        return None
 
 
 def _places(keys: PromptKeys, indices: Sequence[int]) -> list[_Place]:

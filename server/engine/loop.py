@@ -12,7 +12,6 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
 
 import structlog
 
@@ -32,8 +31,6 @@ from aquifer.server.engine.state import Phase, RequestState
 from aquifer.server.engine.streams import SegmentReader
 from aquifer.server.engine.types import FailedEvent, FinishReason
 from aquifer.server.engine.writer import SegmentWriter
-
-T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
@@ -186,13 +183,12 @@ class StepLoop:
         state.phase = Phase.FETCHING
         self._metrics.request_queue_seconds.observe(state.queue_seconds)
         self._claims.add(state)
-        fetcher, asked = self._fetcher, (state.keys, state.missing)
-        at_hand = _brought(lambda: fetcher.fetch_at_hand(*asked)) if state.missing else _NOTHING
+        at_hand = self._fetcher.fetch_at_hand(state.keys, state.missing)
         if at_hand is not None:
             self._fetched(state, at_hand)
             return
-        future = self._fetch_threads.submit(fetcher.fetch, *asked)
-        future.add_done_callback(lambda done: self._post(lambda: self._fetched(state, _brought(done.result))))
+        future = self._fetch_threads.submit(self._fetcher.fetch, state.keys, state.missing)
+        future.add_done_callback(lambda done: self._post(lambda: self._fetched(state, done.result())))
 
     def _fetched(self, state: RequestState, fetched: Fetched) -> None:
         if state.phase is not Phase.FETCHING:  # cancelled meanwhile
@@ -239,6 +235,7 @@ class StepLoop:
             if state.first_choice is not None:
                 self._emit(state, [state.first_choice])
                 self._send_tokens()
+                state.let_go()
         if state.phase is Phase.READING and not state.unindexed:
             self._reading_done(state)
 
@@ -380,6 +377,7 @@ class StepLoop:
         for segment in state.restores:
             segment.release()
         state.restores.clear()
+        state.let_go()
         self._claims.drop_all(state)
         if running:
             for cache in (state.decoding, state.cache):
@@ -389,15 +387,3 @@ class StepLoop:
                 except RuntimeError as error:  # the device does nothing any more, then
                     log.error("the device failed", exc_info=error)
             self._admission.release(state.room)
-
-
-def _brought(fetch: Callable[[], T]) -> T | Fetched:
-    """What a fetch brings. One that fails brings nothing: a cache never fails a request."""
-    try:
-        return fetch()
-    except Exception as error:
-        log.error("fetch failed; recomputing", exc_info=error)
-        return _NOTHING
-
-
-_NOTHING = Fetched([], set(), 0.0)

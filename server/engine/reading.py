@@ -23,7 +23,7 @@ from aquifer.server.engine.parts import EngineParts
 from aquifer.server.engine.restore import GROUP_SEGMENTS, Restorer
 from aquifer.server.engine.runner import LayerKV, ModelRunner
 from aquifer.server.engine.selective import build_index, cells_to_fill
-from aquifer.server.engine.state import RequestState
+from aquifer.server.engine.state import Phase, RequestState
 from aquifer.server.engine.streams import SegmentReader
 from aquifer.server.engine.writer import SegmentWriter, split_segments
 
@@ -125,8 +125,9 @@ class PromptReader:
         self.settle(most=1)  # the next step is prepared while a device is at this one
 
     def _restored(self, state: RequestState, group: Sequence[StoredSegment], seconds: float) -> None:
-        for segment in group:
-            segment.release()
+        state.spent += group
+        if state.first_choice is None or state.phase is not Phase.READING:
+            state.let_go()  # else the first token goes out first
         tokens = len(group) * SEGMENT_TOKENS
         self._reader.metrics.codec_tokens.labels(op="decode").inc(tokens)
         self._reader.metrics.codec_seconds.labels(op="decode").inc(seconds)

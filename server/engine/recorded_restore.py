@@ -105,7 +105,7 @@ class _Recording:
     ) -> None:
         """counts: tokens of each segment. queues: of each part."""
         device = pool.keys.device
-        self._pool, self._beside = pool, queues[0]
+        self._pool, self._queues = pool, queues[0]
         self._inputs = torch.tensor(_ABSENT)[:, None].repeat(1, len(counts)).to(device)
         """int64 [3, N]: where the records lie, first slots, first tokens."""
         half = -(-len(counts) // 2) if len(counts) > FEWEST else len(counts)
@@ -131,14 +131,14 @@ class _Recording:
         missing = self._inputs.shape[1] - len(tokens)
         numbers = [[*known, *[absent] * missing] for known, absent in zip(present, _ABSENT, strict=True)]
         fill(self._inputs, torch.from_numpy(np.array(numbers)))
-        beside, before = self._beside, self._beside.callers()
+        queues, beside = self._queues, self._queues.sinks
+        beside.after(queues.callers())
         self._graph.replay()
         if segments.first:
             # Launched while the graph runs, and done beside it.
-            beside.emits.after(before)
-            with beside.emits.here():
+            with beside.here():
                 segments.place_sinks(self._pool, numbers_of(table.runs([(0, segments.first)])))
-            beside.let_caller_wait(beside.emits.mark())
+            queues.let_caller_wait(beside.mark())
 
 
 class _Part:

@@ -70,6 +70,7 @@ class RequestState:
         )
         self.decoding: Decoding | None = None  # once the prompt has been read
         self.restores: deque[StoredSegment] = deque()
+        self.spent: list[StoredSegment] = []  # restored, and not given back yet
         self.ranges: deque[tuple[int, int]] = deque()  # [start, stop) to be computed, ascending
         self.unindexed: deque[int] = deque()  # segments that selective decoding cannot find yet
         self.cells: OwnCells | None = None  # for their rows, if they all go there
@@ -141,6 +142,12 @@ class RequestState:
                 self.ranges[-1] = (self.ranges[-1][0], stop)
             else:
                 self.ranges.append((start, stop))
+
+    def let_go(self) -> None:
+        """Give back the segments that are restored."""
+        for segment in self.spent:
+            segment.release()
+        self.spent.clear()
 
     def next_chunk(self, limit: int) -> tuple[int, int]:
         """Take the next [start, stop) to compute, at most `limit` tokens."""

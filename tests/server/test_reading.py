@@ -16,7 +16,7 @@ from aquifer.server.engine import reading
 from aquifer.server.engine.clock import Clock
 from aquifer.server.engine.engine import Engine
 from aquifer.server.engine.restore import Restorer
-from aquifer.server.engine.types import FailedEvent, FinishedEvent
+from aquifer.server.engine.types import FailedEvent, FinishedEvent, TokenEvent
 
 MakeEngine = Callable[..., Engine]
 WaitUntil = Callable[[Callable[[], bool]], None]
@@ -83,6 +83,20 @@ def test_the_question_is_prepared_while_a_device_restores(
     assert alive == [[False, False, True]] and leases == [1]
     assert engine.store.ram.open_leases == 0
     assert last.timings.restore_seconds > 1.5 and last.timings.prefill_seconds == 0.5
+
+
+def test_the_first_token_goes_out_before_leases_are_given_back(engine: Engine) -> None:
+    leases = list[int]()
+    events = submit(engine, ask(IDS), lambda event: leases.append(engine.store.ram.open_leases))
+    last = events.finished
+    assert last.timings.restore_seconds > 1.5 and last.timings.prefill_seconds == 0.5
+    first = next(at for at, event in enumerate(events.all) if isinstance(event, TokenEvent))
+    assert leases[first] == 1 and set(leases[first + 1 :]) == {0}  # of the last group
+
+
+def test_an_answer_of_one_token_leaves_no_lease(engine: Engine) -> None:
+    assert submit(engine, ask(IDS, 1)).finished.timings.restore_seconds > 1.5
+    assert engine.store.ram.open_leases == 0
 
 
 def test_a_device_goes_straight_on_to_the_next_chunk_but_no_further_ahead(

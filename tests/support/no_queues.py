@@ -43,6 +43,7 @@ class _NoQueue:
 class NoQueues:
     def __init__(self, *, late: bool = False) -> None:
         self.copies, self.chain, self.emits, self.rows = (_NoQueue(late=late) for _ in range(4))
+        self.sinks = _NoQueue(late=late)
         self.called: list[Mark] = []
         """What the caller had queued, each time that somebody asked."""
 
