@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,12 @@ if TYPE_CHECKING:
 _COLOURS = {"ours": "tab:blue", "peer": "tab:gray", "limit": "tab:green"}
 _INCHES = (9.0, 0.35, 1.1)
 """Width of the picture; height of a bar; height of a panel's title and axis."""
+
+_TITLE_CHARACTERS = 95
+"""In a line above a panel: the names of the bars leave no room for more."""
+
+_FAR_APART = 20.0
+"""Times that are drawn on a logarithmic scale, the longest against the shortest. Others begin at zero."""
 
 
 def plot(lines: Path, out: Path) -> None:
@@ -72,7 +79,8 @@ def _panel(axes: Axes, reports: Sequence[dict[str, Any]]) -> None:
         key: value for key, value in report["setup"].items() if value is not None and (key, value) in alike
     }
     shown = ", ".join(f"{key} {value}" for key, value in setup.items() if key != "repeat")
-    axes.set_title(f"{report['benchmark']}: {shown}\n{report['hardware']}", fontsize=8, loc="left")
+    title = textwrap.fill(f"{report['benchmark']}: {shown}", _TITLE_CHARACTERS)
+    axes.set_title(f"{title}\n{report['hardware']}", fontsize=8, loc="left")
     rows = report["rows"]
     if report["benchmark"] == "throughput":
         _lines(axes, reports)
@@ -87,16 +95,17 @@ def _panel(axes: Axes, reports: Sequence[dict[str, Any]]) -> None:
 def _bars(
     axes: Axes, rows: Sequence[dict[str, Any]], figure: str, label: str, *, logarithmic: bool = False
 ) -> None:
+    """logarithmic: where short bars could not be told apart otherwise."""
     kept = [row for row in rows if figure in row["figures"]][::-1]
     values = [row["figures"][figure] for row in kept]
     names = [row["name"] if row["role"] == "ours" else f"{row['role']}: {row['name']}" for row in kept]
     bars = axes.barh(names, values, color=[_COLOURS[row["role"]] for row in kept])
     axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, fontsize=7)
-    axes.tick_params(labelsize=8)
+    axes.tick_params(which="both", labelsize=8)
     axes.set_xlabel(label, fontsize=8)
     axes.margins(x=0.12)
     axes.set_ylim(-0.8, len(kept) - 0.2)  # margins grow with the bars
-    if logarithmic:
+    if logarithmic and max(values) > _FAR_APART * min(values):
         axes.set_xscale("log")
 
 

@@ -1,4 +1,5 @@
-"""Finding a prompt's records in the tiers. Moves bytes only (Redis to RAM), on threads of its own."""
+"""Finding a prompt's records in the tiers. Moves bytes only (Redis to RAM), which takes threads of its own; what is
+all in RAM is found at once."""
 
 from __future__ import annotations
 
