@@ -1,4 +1,4 @@
-"""Finding a prompt's records in the tiers. Moves bytes only (Redis to RAM), which takes threads of its own; what is
+"""Finding a prompt's records in the tiers. Moves bytes only (Redis to RAM), on threads of its own; what is
 all in RAM is found at once."""
 
 from __future__ import annotations
@@ -100,9 +100,9 @@ class Fetcher:
 
     def _fetch_at_hand(self, keys: PromptKeys, indices: Sequence[int]) -> Fetched | None:
         started = time.perf_counter()
-        places = _places(keys, indices)
-        if not self._gate.worth_loading(self._store.ram.name):
+        if not self._gate.faster(self._store.ram.name):
             return None
+        places = _places(keys, indices)
         leases = self._store.get_at_hand([key for _, _, key in places])
         if leases is None:
             return None

@@ -34,10 +34,17 @@ class LoadGate:
             self._rates[source] = (1 - _WEIGHT) * old + _WEIGHT * tokens / seconds
 
     def worth_loading(self, tier: str) -> bool:
-        """Whether KV in this tier is on the device sooner by loading than by computing."""
+        """Whether to load a segment from this tier: where that is faster, and now and then to see whether it
+        has become so."""
+        if self.faster(tier):
+            return True
         with self._lock:
-            load, compute = self._rates.get(tier), self._rates.get("computed")
-            if self._always or load is None or compute is None or load >= compute:
-                return True
             self._refused += 1
             return self._refused % _RETRY_EVERY == 0
+
+    def faster(self, tier: str) -> bool:
+        """Whether KV in this tier is on the device sooner by loading than by computing, as far as is
+        known."""
+        with self._lock:
+            load, compute = self._rates.get(tier), self._rates.get("computed")
+            return self._always or load is None or compute is None or load >= compute

@@ -17,6 +17,7 @@ from tiny_models import DEVICE, FAMILIES, greedy_reference, tiny_model
 from aquifer.cachestore.keys import PromptKeys, chain_keys, make_namespace
 from aquifer.server.engine import loop
 from aquifer.server.engine.engine import Engine, EngineError
+from aquifer.server.engine.gate import LoadGate
 from aquifer.server.engine.pages import PagePool
 from aquifer.server.engine.types import (
     Event,
@@ -323,6 +324,23 @@ def test_what_is_in_ram_is_found_by_the_engines_own_thread(
     engine.store.ram.delete(engine._keys(ids, "").segments[1:])
     again, last = answer(engine, ask(ids))
     assert again == tokens and last.cached.total == 0  # what is not at hand is asked for as before
+
+
+def test_ram_that_is_slower_than_computing_is_tried_a_segment_at_a_time(make_engine: MakeEngine) -> None:
+    engine = make_engine(tiny_model("llama"), keep=False)
+    ids = prompt(32, 1300)
+    tokens, _ = answer(engine, ask(ids))
+    assert engine.flush(30)
+    gate = LoadGate(always=False)
+    gate.measured("computed", 10**9, 1.0)
+    gate.measured("ram", 1, 1.0)
+    engine._loop._fetcher._gate = gate
+    found = [
+        answer(engine, ask(ids)) for _ in range(20)
+    ]  # a hundred segments, of which every fiftieth is tried
+    assert {last.cached.total for _, last in found} == {0, 256}
+    assert sum(last.cached.ram for _, last in found) == 512
+    assert all(again == tokens for again, _ in found)
 
 
 @pytest.mark.parametrize("which", [0, 1])
