@@ -105,7 +105,7 @@ def _bars(
     axes.set_xlabel(label, fontsize=8)
     axes.margins(x=0.12)
     axes.set_ylim(-0.8, len(kept) - 0.2)  # margins grow with the bars
-    if logarithmic and max(values) > _FAR_APART * min(values):
+    if logarithmic and values and max(values) > _FAR_APART * min(values):
         axes.set_xscale("log")
 
 

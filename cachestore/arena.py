@@ -127,22 +127,14 @@ class RamArena:
         self._counters = Counters()
 
     def get(self, keys: Sequence[SegmentKey]) -> list[Lease | None]:
-        started = time.perf_counter()
-        leases: list[Lease | None] = []
         with self._lock:
-            self._tick += 1
-            for depth, key in enumerate(keys):
-                entry = self._entries.get(key)
-                if entry is None:
-                    self._counters.misses += 1
-                    leases.append(None)
-                    continue
-                entry.rank = (self._tick, -depth)
-                self._counters.hits += 1
-                self._counters.read_bytes += entry.length
-                leases.append(self._lease(entry, self.name))
-            self._counters.read_seconds += time.perf_counter() - started
-        return leases
+            return self._get([self._entries.get(key) for key in keys])
+
+    def get_all(self, keys: Sequence[SegmentKey]) -> list[Lease] | None:
+        """Lease these records if all of them are here; else none, and nothing is counted."""
+        with self._lock:
+            entries = [self._entries.get(key) for key in keys]
+            return None if None in entries else [lease for lease in self._get(entries) if lease]
 
     def put(self, key: SegmentKey, record: Buffer) -> bool:
         """Copy a record into a slot. False when every slot is leased or pinned.
@@ -249,6 +241,23 @@ class RamArena:
             self._entries.clear()
 
     # Below here the lock is held, except in `_commit`, `_release` and `_abort`, which take it.
+
+    def _get(self, entries: Sequence[_Entry | None]) -> list[Lease | None]:
+        """entries: of a prompt's records, in order; None is a miss."""
+        started = time.perf_counter()
+        leases: list[Lease | None] = []
+        self._tick += 1
+        for depth, entry in enumerate(entries):
+            if entry is None:
+                self._counters.misses += 1
+                leases.append(None)
+                continue
+            entry.rank = (self._tick, -depth)
+            self._counters.hits += 1
+            self._counters.read_bytes += entry.length
+            leases.append(self._lease(entry, self.name))
+        self._counters.read_seconds += time.perf_counter() - started
+        return leases
 
     def _take_slot(self, key: SegmentKey, num_bytes: int) -> _Entry | None:
         """Find a slot, evicting if need be, for a record that nobody can find yet."""

@@ -75,18 +75,6 @@ class TieredStore:
             leases[index] = lease
         return leases
 
-    def get_at_hand(self, keys: Sequence[SegmentKey]) -> list[Lease] | None:
-        """Lease records that are all in RAM; None if one is not. Waits for nobody."""
-        if not all(self.ram.contains(keys)):
-            return None
-        found = self.ram.get(keys)
-        leases = [lease for lease in found if lease is not None]
-        if len(leases) == len(found):
-            return leases
-        for lease in leases:  # one was evicted just now
-            lease.release()
-        return None
-
     def contains(self, keys: Sequence[SegmentKey]) -> list[str | None]:
         """Name the tier that has each record now. A hint for planning: `get` does not rely on it."""
         found: list[str | None] = ["ram" if here else None for here in self.ram.contains(keys)]

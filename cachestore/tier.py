@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 class Lease:
     """A record that stays where it is, unchanged, until it is released.
 
-    `tier` says where the record was found; `address` where it lies, if that is in the arena (which a server
-    with a device page-locks), else None. Release every lease (it is a context manager): a
-    leased arena slot is never evicted. There is no release on garbage collection, because a
-    view of `data` may well outlive the lease object.
+    `tier` says where the record was found; `address` where it lies, if that is in the arena (which a
+    server with a device page-locks), else None. Release every lease (it is a context manager): a
+    leased arena slot is never evicted. There is no release on garbage collection, because a view of
+    `data` may well outlive the lease object.
     """
 
     __slots__ = ("_data", "address", "tier")
@@ -38,7 +38,7 @@ class Lease:
 
     def release(self) -> None:
         """Give the record back. Calling it again does nothing."""
-        self._data = None
+        self._data = self.address = None
 
     def __enter__(self) -> Self:
         return self

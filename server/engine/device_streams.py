@@ -59,7 +59,7 @@ class Queue:
 
 class Queues:
     """copies: of bytes from host memory, and reading them; chain: from layer to layer; emits: keys and
-    values; rows: of selective decoding, for which no step waits."""
+    values; rows: of selective decoding, for which no step waits; sinks: beside a restore that is replayed."""
 
     def __init__(self, device: torch.device, priority: int = 0, copies: Queue | None = None) -> None:
         """copies: of others, which share the bus."""
@@ -76,7 +76,7 @@ class Queues:
 
     @cached_property
     def sinks(self) -> Queue:
-        """Not of their priority, because others may be recording on streams of that."""
+        """Never of the priority of these queues, on whose streams others may be recording."""
         return Queue(self._device)
 
     def callers(self) -> torch.cuda.Event:

@@ -4,7 +4,8 @@ all in RAM is found at once."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -25,7 +26,7 @@ _Place = tuple[RecordKind, int, SegmentKey]
 """A record of a prompt: of which segment, and its key. The sinks go with segment 0."""
 
 
-@dataclass(slots=True, eq=False)  # not frozen: a long prompt has a thousand, made while its device waits
+@dataclass(slots=True, eq=False)  # not frozen: one is made for each record, and a device waits meanwhile
 class StoredRecord:
     """An opened record: `body` is valid until the lease is released."""
 
@@ -79,11 +80,11 @@ class Fetcher:
     def fetch(self, keys: PromptKeys, indices: Sequence[int]) -> Fetched:
         """Lease the records of these segments, and open them. All are asked for at once: a hole is
         recomputed and what lies behind it still used. Bad data is a miss, never an error; so is a failure."""
-        return _tried(self._fetch, keys, indices) or Fetched([], set(), 0.0)
+        return _tried(self._fetch, keys, indices, "recomputing") or Fetched([], set(), 0.0)
 
     def fetch_at_hand(self, keys: PromptKeys, indices: Sequence[int]) -> Fetched | None:
         """As `fetch`, if all of it is in RAM and sound; else None. Waits for nobody."""
-        return _tried(self._fetch_at_hand, keys, indices)
+        return _tried(self._fetch_at_hand, keys, indices, "asking the tiers again")
 
     def _fetch(self, keys: PromptKeys, indices: Sequence[int]) -> Fetched:
         started = time.perf_counter()
@@ -92,7 +93,9 @@ class Fetcher:
         wanted = [index for index, tier in held.items() if self._gate.worth_loading(tier)]
         places = _places(keys, wanted)
         leases = self._store.get([key for _, _, key in places]) if places else []
-        records = [self._open_or_refuse(place, lease) for place, lease in zip(places, leases, strict=True)]
+        with _released_if_it_fails(leases):
+            pairs = zip(places, leases, strict=True)
+            records = [self._open_or_refuse(place, lease) for place, lease in pairs]
         found = _segments(wanted, records)
         for index in set(wanted).difference(segment.index for segment in found):
             del held[index]
@@ -100,19 +103,19 @@ class Fetcher:
 
     def _fetch_at_hand(self, keys: PromptKeys, indices: Sequence[int]) -> Fetched | None:
         started = time.perf_counter()
-        if not self._gate.faster(self._store.ram.name):
+        ram, places = self._store.ram, _places(keys, indices)
+        if indices and not self._gate.faster(ram.name):
             return None
-        places = _places(keys, indices)
-        leases = self._store.get_at_hand([key for _, _, key in places])
+        leases = ram.get_all([key for _, _, key in places])
         if leases is None:
             return None
         try:
-            records = [self._open(place, lease) for place, lease in zip(places, leases, strict=True)]
-        except WireError:
-            for lease in leases:
-                lease.release()
+            with _released_if_it_fails(leases):
+                records = [self._open(place, lease) for place, lease in zip(places, leases, strict=True)]
+        except WireError:  # `fetch` refuses it
             return None
-        return Fetched(_segments(indices, [*records]), set(indices), time.perf_counter() - started)
+        found = _segments(indices, records)
+        return Fetched(found, {segment.index for segment in found}, time.perf_counter() - started)
 
     def _open(self, place: _Place, lease: Lease) -> StoredRecord:
         """Raises WireError for a record that must not be used."""
@@ -139,14 +142,29 @@ class Fetcher:
 
 
 def _tried(
-    fetch: Callable[[PromptKeys, Sequence[int]], Fetched | None], keys: PromptKeys, indices: Sequence[int]
+    fetch: Callable[[PromptKeys, Sequence[int]], Fetched | None],
+    keys: PromptKeys,
+    indices: Sequence[int],
+    instead: str,
 ) -> Fetched | None:
-    """What a fetch brings; None if it fails: a cache never fails a request."""
+    """What a fetch brings; None if it fails: a cache never fails a request. instead: what is done then."""
     try:
         return fetch(keys, indices)
     except Exception as error:
-        log.error("fetch failed; recomputing", exc_info=error)
+        log.error("fetch failed", instead=instead, exc_info=error)
         return None
+
+
+@contextmanager
+def _released_if_it_fails(leases: Sequence[Lease | None]) -> Iterator[None]:
+    """Releasing a lease again does nothing."""
+    try:
+        yield
+    except BaseException:
+        for lease in leases:
+            if lease is not None:
+                lease.release()
+        raise
 
 
 def _places(keys: PromptKeys, indices: Sequence[int]) -> list[_Place]:
@@ -157,11 +175,12 @@ def _places(keys: PromptKeys, indices: Sequence[int]) -> list[_Place]:
     return places
 
 
-def _segments(indices: Sequence[int], records: list[StoredRecord | None]) -> list[StoredSegment]:
-    """What the records of their places make of some segments; None: it was not found."""
-    sinks = records.pop(0) if len(records) > len(indices) else None
+def _segments(indices: Sequence[int], records: Sequence[StoredRecord | None]) -> list[StoredSegment]:
+    """Some segments of the records at their `_places`; None: it was not found."""
+    own = records[len(records) - len(indices) :]
+    sinks = records[0] if len(records) > len(indices) else None
     found = []
-    for index, record in zip(indices, records, strict=True):
+    for index, record in zip(indices, own, strict=True):
         if index > 0 and record:
             found.append(StoredSegment(index, record))
         elif index == 0 and record and sinks:

@@ -34,7 +34,7 @@ class PageAllocator:
         """keep: whether pages nobody uses stay registered."""
         self.num_pages = num_pages
         self._keep = keep
-        # With one that is never free at either end, so that runs of free ones begin and end everywhere.
+        # Of page number 0 at place 1: neither end is ever free, so that every run of free ones has two.
         self._is_free = np.pad(np.ones(num_pages, dtype=bool), 1)
         self._num_free = num_pages
         self._users = [0] * num_pages
@@ -71,7 +71,7 @@ class PageAllocator:
         if count > self.available_pages:
             return None
         while self._num_free < count:
-            self._free(self._unregister(next(iter(self._idle))))
+            self._set_free(self._unregister(next(iter(self._idle))))
         pages = _longest_runs_first(self._is_free, count)
         for page in pages:
             self._is_free[page + 1] = False
@@ -94,7 +94,7 @@ class PageAllocator:
             if page in self._key_of and self._keep:
                 self._idle[page] = None
             else:
-                self._free(self._unregister(page))
+                self._set_free(self._unregister(page))
 
     def forget(self, keys: Iterable[SegmentKey]) -> None:
         """Stop sharing these segments; idle pages are freed, used ones when their users are done."""
@@ -105,14 +105,14 @@ class PageAllocator:
             idle = page in self._idle
             self._unregister(page)
             if idle:
-                self._free(page)
+                self._set_free(page)
 
     def drop_idle(self) -> None:
         """Empty the cache of pages nobody uses."""
         while self._idle:
-            self._free(self._unregister(next(iter(self._idle))))
+            self._set_free(self._unregister(next(iter(self._idle))))
 
-    def _free(self, page: int) -> None:
+    def _set_free(self, page: int) -> None:
         self._is_free[page + 1] = True
         self._num_free += 1
 
@@ -216,7 +216,9 @@ def _longest_runs_first(is_free: NDArray[np.bool_], count: int) -> list[int]:
     """Choose `count` pages, of which at least so many are free, in as few ascending runs as is easily found.
 
     The shortest run that holds them all is taken, else the longest run and then the rest: a large
-    document keeps few, long pieces, and small requests do not cut up large gaps. is_free: as above.
+    document keeps few, long pieces, and small requests do not cut up large gaps.
+
+    is_free: as in PageAllocator.
     """
     edges = np.flatnonzero(is_free[1:] != is_free[:-1])
     firsts, lasts = edges[0::2], edges[1::2]

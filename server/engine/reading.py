@@ -127,7 +127,7 @@ class PromptReader:
     def _restored(self, state: RequestState, group: Sequence[StoredSegment], seconds: float) -> None:
         state.spent += group
         if state.first_choice is None or state.phase is not Phase.READING:
-            state.let_go()  # else the first token goes out first
+            state.let_go()  # else the first token goes out first: the loop lets go then
         tokens = len(group) * SEGMENT_TOKENS
         self._reader.metrics.codec_tokens.labels(op="decode").inc(tokens)
         self._reader.metrics.codec_seconds.labels(op="decode").inc(seconds)

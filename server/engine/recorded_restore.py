@@ -132,10 +132,11 @@ class _Recording:
         numbers = [[*known, *[absent] * missing] for known, absent in zip(present, _ABSENT, strict=True)]
         fill(self._inputs, torch.from_numpy(np.array(numbers)))
         queues, beside = self._queues, self._queues.sinks
-        beside.after(queues.callers())
+        before = queues.callers() if segments.first else None
         self._graph.replay()
         if segments.first:
             # Launched while the graph runs, and done beside it.
+            beside.after(before)
             with beside.here():
                 segments.place_sinks(self._pool, numbers_of(table.runs([(0, segments.first)])))
             queues.let_caller_wait(beside.mark())

@@ -191,6 +191,25 @@ def test_a_lease_says_where_its_bytes_lie() -> None:
     assert lease_of_own(*copy_of(b"elsewhere"), "own").address is None
 
 
+def test_all_of_some_records_are_leased_or_none() -> None:
+    arena = RamArena(4 * 256, 256)
+    keys = chain(4)
+    for key in keys[:3]:
+        arena.put(key, b"x")
+    before = arena.stats()
+    assert arena.get_all(keys) is None
+    assert arena.stats() == before and arena.open_leases == 0
+    leases = arena.get_all(keys[:3])
+    assert leases is not None and [bytes(lease.data) for lease in leases] == [b"x"] * 3
+    assert arena.open_leases == 3 and arena.stats().hits == before.hits + 3
+    for lease in leases:
+        lease.release()
+    for key in chain(2, 1000):  # the prefix that was leased is the newest, and loses its end first
+        arena.put(key, b"y")
+    assert held(arena, keys) == [0, 1]
+    assert arena.get_all([]) == []
+
+
 def test_a_record_larger_than_a_slot_is_refused() -> None:
     arena = RamArena(1024, 300)
     with pytest.raises(ValueError, match="301 bytes does not fit a slot of 300"):

@@ -97,27 +97,6 @@ def test_a_restarted_server_finds_its_records_in_redis_once_and_then_in_ram(
     assert (redis.name, redis.hits, redis.misses) == ("redis", len(KEYS), 0)
 
 
-def test_what_is_at_hand_is_leased_without_asking_redis(
-    redis_server: Any, make_store: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = make_store(redis_server.url)
-    for key in KEYS[:3]:
-        store.put(key, sealed(b"body"))
-    assert store.flush(10)
-    for name in ("read", "contains", "delete"):
-        monkeypatch.setattr(store.redis, name, lambda *_: pytest.fail("Redis was asked"))
-    leases = store.get_at_hand(KEYS[:3])
-    assert [(lease.tier, bytes(lease.data)) for lease in leases] == [("ram", sealed(b"body"))] * 3
-    for lease in leases:
-        lease.release()
-    assert store.get_at_hand(KEYS[:4]) is None
-    store.ram.delete(KEYS[1:2])
-    assert store.get_at_hand(KEYS[:3]) is None
-    monkeypatch.setattr(store.ram, "contains", lambda keys: [True] * len(keys))  # as it was a moment ago
-    assert store.get_at_hand(KEYS[:3]) is None
-    assert store.ram.open_leases == 0
-
-
 def test_holes_in_both_tiers_do_not_stop_a_read(redis_server: Any, make_store: Any) -> None:
     writer, store = make_store(redis_server.url), make_store(redis_server.url)
     for index in (1, 3):

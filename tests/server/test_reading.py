@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from aquifer.server.engine import reading
 from aquifer.server.engine.clock import Clock
 from aquifer.server.engine.engine import Engine
 from aquifer.server.engine.restore import Restorer
+from aquifer.server.engine.state import RequestState
 from aquifer.server.engine.types import FailedEvent, FinishedEvent, TokenEvent
 
 MakeEngine = Callable[..., Engine]
@@ -97,6 +99,36 @@ def test_the_first_token_goes_out_before_leases_are_given_back(engine: Engine) -
 def test_an_answer_of_one_token_leaves_no_lease(engine: Engine) -> None:
     assert submit(engine, ask(IDS, 1)).finished.timings.restore_seconds > 1.5
     assert engine.store.ram.open_leases == 0
+
+
+def test_leases_that_wait_for_the_first_token_end_where_it_does_not_come(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = RequestState.report_progress
+
+    def fails(state: RequestState) -> None:
+        if state.first_choice is not None:
+            assert engine.store.ram.open_leases == 1
+            raise RuntimeError("no more")
+        report(state)
+
+    monkeypatch.setattr(RequestState, "report_progress", fails)
+    assert isinstance(submit(engine, ask(IDS)).wait(), FailedEvent)
+    assert engine.store.ram.open_leases == 0
+
+
+def test_leases_of_a_group_that_stands_after_its_request_failed_end_then(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, wait_until: WaitUntil
+) -> None:
+    stops = itertools.count(1)
+
+    def fails(clock: Clock) -> None:
+        if next(stops) == 4:  # of three groups, then of the question, whose first token is known
+            raise RuntimeError("no more")
+
+    monkeypatch.setattr(LateClock, "stop", fails)
+    assert isinstance(submit(engine, ask(IDS)).wait(), FailedEvent)
+    wait_until(lambda: engine.store.ram.open_leases == 0)
 
 
 def test_a_device_goes_straight_on_to_the_next_chunk_but_no_further_ahead(

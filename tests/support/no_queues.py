@@ -35,20 +35,24 @@ class _NoQueue:
         self.log += events
 
     def mark(self) -> Mark:
-        return Mark(not self._late)
+        self.marked = Mark(not self._late)
+        return self.marked
 
     def hold(self, *tensors: Tensor) -> None: ...
 
 
 class NoQueues:
     def __init__(self, *, late: bool = False) -> None:
-        self.copies, self.chain, self.emits, self.rows = (_NoQueue(late=late) for _ in range(4))
-        self.sinks = _NoQueue(late=late)
+        queues = (_NoQueue(late=late) for _ in range(5))
+        self.copies, self.chain, self.emits, self.rows, self.sinks = queues
         self.called: list[Mark] = []
         """What the caller had queued, each time that somebody asked."""
+        self.awaited: list[object] = []
+        """What the caller waits for."""
 
     def callers(self) -> Mark:
         self.called.append(Mark(True))
         return self.called[-1]
 
-    def let_caller_wait(self, event: object) -> None: ...
+    def let_caller_wait(self, event: object) -> None:
+        self.awaited.append(event)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import weakref
 from collections.abc import Callable, Iterator
@@ -13,12 +14,15 @@ import torch
 from no_queues import NoQueues
 from torch import Tensor
 
-from aquifer.cachestore.tier import Lease
+from aquifer.cachestore.arena import RamArena
+from aquifer.cachestore.keys import chain_keys, make_namespace
+from aquifer.cachestore.tier import Lease, copy_of
 from aquifer.compression.aqua import AquaCodec
 from aquifer.compression.fused import FusedAquaCodec, fits
 from aquifer.compression.predictors import LayerFit, PredictorCard, Predictors
 from aquifer.compression.raw import RawCodec
 from aquifer.compression.spec import KVSpec
+from aquifer.compression.wire import RecordHeader, RecordOpener, sealed
 from aquifer.kernels.attention import attend_ref, merge_attention
 from aquifer.kernels.rope import apply_rope
 from aquifer.server.engine import device_streams
@@ -321,6 +325,48 @@ def test_a_recorded_restore_is_a_launched_one(
     assert recorded.device_bytes > 0
     too_many = cast(ChainedSegments, SimpleNamespace(counts=(4,) * 3))
     assert not recorded.restore(too_many, BlockTable([]))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow")  # in rows of missing segments
+def test_sinks_are_written_beside_a_recorded_restore(
+    stored: Stored, device: torch.device, recording: Callable[[], bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind all that was asked of the device before, and ahead of all that is asked afterwards."""
+    from aquifer.server.engine import recorded_restore
+
+    if device.type == "cuda":
+        pytest.skip("a device's queues keep no log")
+    made: list[NoQueues] = []
+    monkeypatch.setattr(recorded_restore, "Queues", lambda *_: made.append(NoQueues()) or made[-1])
+    pool = PagePool(SPEC, SPEC.bytes_per_token * 256, device, keep=False)
+    recorded = recorded_restore.RecordedRestores(stored.codec, pool, stored.rope_table, 2)
+    assert recorded.restore(stored.segments(4, 2), BlockTable([0]))
+    assert not made[0].sinks.log  # there are none
+    asked = len(made[0].called)
+    assert recorded.restore(stored.segments(0, 2), BlockTable([0]))
+    assert made[0].sinks.log == [made[0].called[asked], "work"]
+    assert made[0].awaited[-1] is made[0].sinks.marked
+
+
+def test_a_record_in_the_arena_is_read_where_it_lies(device: torch.device) -> None:
+    """And copied from anywhere else."""
+    arena = RamArena(4 * 1024, 1024)
+    (key,) = chain_keys(make_namespace("model", "codec", ""), range(8), segment_tokens=8).segments
+    body = bytes(range(200))
+    lease, _ = arena.insert(key, *copy_of(sealed(RecordHeader("segment", "codec", key.digest, 0, 8), body)))
+    assert lease is not None
+    opener = RecordOpener("segment", "codec", 0, 8, len(body))
+    within = StoredRecord(lease, opener.open(lease.data, key.digest))
+    elsewhere = own_record(torch.arange(100, dtype=torch.uint8))
+    records = HostRecords([elsewhere, within, elsewhere], device)
+    assert records.addresses[1] == within.address
+    assert ctypes.string_at(records.addresses[1], len(body)) == body
+    for address in records.addresses[::2]:
+        assert ctypes.string_at(address, 100) == bytes(range(100))
+        assert address not in (
+            elsewhere.address,
+            torch.frombuffer(elsewhere.body, dtype=torch.uint8).data_ptr(),
+        )
 
 
 def test_groups_are_recorded_for_a_few_numbers_of_segments(
