@@ -33,7 +33,7 @@ store() { bench store --tokens 32768 --repeat 4 "${codec[@]}"; }
 redis() { bench redis --tokens 32768 --repeat 3 "${codec[@]}"; }
 
 longdoc() {
-  bench longdoc --path recompute --path gpu --path ram-codec --path redis-codec "${codec[@]}"
+  bench longdoc "${codec[@]}"
   bench longdoc --documents 2 --tokens 131072 --in-flight 1 --path gpu --path ram-codec "${codec[@]}"
 }
 
