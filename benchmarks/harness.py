@@ -118,11 +118,13 @@ class Report:
             if counted:
                 samples[contestant].append(seconds)
 
-    def compare(self) -> None:
-        """Give every row the ratio of its seconds to those of our first row: `times` as long as ours."""
-        ours = [row.figures["seconds"] for row in self.rows if row.role == "ours"]
+    def compare(self, name: str | None = None) -> None:
+        """Give every row the ratio of its seconds to those of one of our rows: `times` as long as that.
+
+        name: of that row; None: the first."""
+        ours = [row for row in self.rows if row.role == "ours" and name in (None, row.name)]
         for row in self.rows if ours else []:
-            row.figures["times"] = row.figures["seconds"] / ours[0]
+            row.figures["times"] = row.figures["seconds"] / ours[0].figures["seconds"]
 
     def as_json(self) -> str:
         return json.dumps(asdict(self) | environment(), ensure_ascii=False)

@@ -25,6 +25,8 @@ def test_restore_reports_both_tiers_peers_and_limits(bench: Callable[..., Any], 
         "raw-copy",
     )
     assert set(outcome.rows) == {
+        "from RAM, alone",
+        "first token, alone",
         "from RAM",
         "from Redis",
         "first token, from RAM",
