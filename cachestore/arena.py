@@ -50,9 +50,8 @@ class _Entry:
 class _ArenaLease(Lease):
     __slots__ = ("_arena", "_entry", "_open")
 
-    def __init__(self, arena: RamArena, entry: _Entry, tier: str) -> None:
-        start = entry.slot * arena._stride
-        super().__init__(arena._readable[start : start + entry.length], tier, arena._address + start)
+    def __init__(self, arena: RamArena, entry: _Entry, data: memoryview, tier: str, address: int) -> None:
+        super().__init__(data, tier, address)
         self._arena = arena
         self._entry = entry
         self._open = True
@@ -296,7 +295,9 @@ class RamArena:
     def _lease(self, entry: _Entry, found_in: str) -> Lease:
         entry.leases += 1
         self._open_leases += 1
-        return _ArenaLease(self, entry, found_in)
+        start = entry.slot * self._stride
+        data = self._readable[start : start + entry.length]
+        return _ArenaLease(self, entry, data, found_in, self._address + start)
 
     def _release(self, lease: _ArenaLease) -> None:
         with self._lock:

@@ -39,11 +39,6 @@ def to_device(numbers: Tensor, device: torch.device) -> Tensor:
     return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers
 
 
-def fill(target: Tensor, numbers: Tensor) -> None:
-    """Copy a tensor of the host into one of a device, for which nobody waits."""
-    target.copy_(numbers.pin_memory() if target.is_cuda else numbers, non_blocking=True)
-
-
 def until_read(device: torch.device) -> None:
     """Wait for all that was asked of a CUDA device on the current stream: then leases of the host memory that
     it reads may end, and page-locked copies be freed. A CPU has read it already."""

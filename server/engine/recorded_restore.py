@@ -24,7 +24,7 @@ from aquifer.compression.codec import Codec
 from aquifer.compression.spec import SEGMENT_TOKENS
 from aquifer.server.engine.device_streams import Chain, ChainedSegments, Queues, emit_all
 from aquifer.server.engine.graphs import RECORDING_PRIORITY, GraphMemory, record_graph
-from aquifer.server.engine.host_memory import fill
+from aquifer.server.engine.host_memory import to_device
 from aquifer.server.engine.host_slices import HostSlices
 from aquifer.server.engine.pages import BlockTable, PagePool
 from aquifer.server.engine.records import numbers_of
@@ -130,7 +130,7 @@ class _Recording:
         present = segments.records.addresses, slots, tokens
         missing = self._inputs.shape[1] - len(tokens)
         numbers = [[*known, *[absent] * missing] for known, absent in zip(present, _ABSENT, strict=True)]
-        fill(self._inputs, torch.from_numpy(np.array(numbers)))
+        self._inputs.copy_(to_device(torch.from_numpy(np.array(numbers)), self._inputs.device))
         queues, beside = self._queues, self._queues.sinks
         before = queues.callers() if segments.first else None
         self._graph.replay()
