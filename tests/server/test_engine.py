@@ -1,12 +1,10 @@
 """The engine's promise: with a lossless codec, whatever else is running and wherever the KV came
 from, the tokens are those of plain `generate`."""
 
-import ctypes
 import itertools
 import re
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +13,9 @@ import torch
 from asking import answer, ask, prompt, submit, text_of
 from tiny_models import DEVICE, FAMILIES, greedy_reference, tiny_model
 
-from aquifer.cachestore.keys import PromptKeys, chain_keys, make_namespace
-from aquifer.compression.wire import RecordOpener, WireError
+from aquifer.cachestore.keys import PromptKeys
 from aquifer.server.engine import loop
 from aquifer.server.engine.engine import Engine, EngineError
-from aquifer.server.engine.gate import LoadGate
 from aquifer.server.engine.pages import PagePool
 from aquifer.server.engine.types import (
     Event,
@@ -133,38 +129,6 @@ def test_short_prompts(length: int, make_engine: MakeEngine) -> None:
     expected = greedy_reference(model, ids, 8)
     assert answer(engine, ask(ids))[0] == expected
     assert answer(engine, ask(ids))[0] == expected
-
-
-def test_holes_are_recomputed_and_the_rest_is_used(make_engine: MakeEngine) -> None:
-    model = tiny_model("qwen3")
-    engine = make_engine(model, keep=False)
-    ids = prompt(6, 1500)
-    answer(engine, ask(ids))
-    assert engine.flush(30)
-    namespace = make_namespace(engine.info.model_fingerprint, engine.info.codec_fingerprint, "")
-    keys = chain_keys(namespace, ids)
-    engine.store.delete([keys.segments[1], keys.segments[3]])
-    tokens, last = answer(engine, ask(ids))
-    assert tokens == greedy_reference(model, ids, 8)
-    assert last.cached.ram == 3 * 256
-    assert engine.flush(30)
-    assert answer(engine, ask(ids))[1].cached.ram == 5 * 256
-
-
-def test_segment_zero_without_its_sinks_is_a_miss(make_engine: MakeEngine) -> None:
-    model = tiny_model("llama")
-    engine = make_engine(model, keep=False)
-    ids = prompt(7, 600)
-    answer(engine, ask(ids))
-    assert engine.flush(30)
-    sinks = chain_keys(
-        make_namespace(engine.info.model_fingerprint, engine.info.codec_fingerprint, ""), ids
-    ).sinks
-    assert sinks is not None
-    engine.store.delete([sinks])
-    tokens, last = answer(engine, ask(ids))
-    assert tokens == greedy_reference(model, ids, 8)
-    assert last.cached.ram == 256
 
 
 def test_all_pages_come_back(make_engine: MakeEngine) -> None:
@@ -292,127 +256,6 @@ def test_lossy_codec_restores_the_same_bytes_to_the_same_text(codec: str, make_e
     first, second = (answer(engine, ask(ids)) for _ in range(2))
     assert first[0] == second[0]
     assert first[1].cached.ram == 1024
-
-
-def test_a_failing_fetch_is_a_miss_and_not_an_error(
-    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = tiny_model("llama")
-    engine = make_engine(model, keep=False)
-    ids = prompt(19, 600)
-    answer(engine, ask(ids))
-    assert engine.flush(30)
-
-    def broken(keys: object) -> None:
-        raise OSError("the store is broken")
-
-    monkeypatch.setattr(engine.store, "get", broken)
-    monkeypatch.setattr(engine.store.ram, "get_all", broken)
-    tokens, last = answer(engine, ask(ids))
-    assert tokens == greedy_reference(model, ids, 8)
-    assert last.cached.total == 0
-
-
-def test_what_is_in_ram_is_found_by_the_engines_own_thread(
-    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = make_engine(tiny_model("llama"), keep=False)
-    ids = prompt(30, 600)
-    tokens, _ = answer(engine, ask(ids))
-    assert engine.flush(30)
-    monkeypatch.setattr(engine.store, "get", lambda keys: [None] * len(keys))
-    again, last = answer(engine, ask(ids))
-    assert again == tokens and last.cached.ram == 512
-    engine.store.ram.delete(engine._keys(ids, "").segments[1:])
-    again, last = answer(engine, ask(ids))
-    assert again == tokens and last.cached.total == 0  # what is not at hand is asked for as before
-
-
-def test_ram_that_is_slower_than_computing_is_tried_a_segment_at_a_time(make_engine: MakeEngine) -> None:
-    engine = make_engine(tiny_model("llama"), keep=False)
-    ids = prompt(32, 1300)
-    tokens, _ = answer(engine, ask(ids))
-    assert engine.flush(30)
-    gate = LoadGate(always=False)
-    gate.measured("computed", 10**9, 1.0)
-    gate.measured("ram", 1, 1.0)
-    engine._loop._fetcher._gate = gate
-    # A hundred segments are asked for, and every fiftieth that is refused is tried all the same.
-    found = [answer(engine, ask(ids)) for _ in range(20)]
-    assert {last.cached.total for _, last in found} == {0, 256}
-    assert sum(last.cached.ram for _, last in found) == 512
-    assert all(again == tokens for again, _ in found)
-
-
-@pytest.mark.parametrize("ram_is_slow", [False, True])
-def test_a_prompt_that_needs_no_tier_waits_for_none(
-    ram_is_slow: bool, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = tiny_model("llama")
-    engine = make_engine(model, keep=False)
-    gate, hang = LoadGate(always=False), threading.Event()
-    gate.measured("computed", 1000, 1.0)
-    gate.measured("ram", 1 if ram_is_slow else 10**9, 1.0)
-    engine._loop._fetcher._gate = gate
-
-    def hangs(keys: Sequence[object]) -> list[None]:
-        assert hang.wait(60)
-        return [None] * len(keys)
-
-    monkeypatch.setattr(engine.store, "contains", hangs)
-    stuck = [submit(engine, ask(prompt(40 + number, 600))) for number in range(3)]
-    ids = prompt(43, 20)
-    assert answer(engine, ask(ids))[0] == greedy_reference(model, ids, 8)
-    assert not any(events.all for events in stuck)
-    hang.set()
-    for events in stuck:
-        assert len(events.finished.text) == 8
-
-
-@pytest.mark.parametrize("kind", ["MemoryError", "WireError"])
-def test_leases_end_where_opening_records_fails(
-    kind: str, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """At hand and in the thread that fetches; a record that is refused cannot even be deleted."""
-    engine = make_engine(tiny_model("llama"), keep=False)
-    ids = prompt(44, 1300)
-    tokens, _ = answer(engine, ask(ids))
-    assert engine.flush(30)
-    opened, opens = RecordOpener.open, itertools.count(1)
-
-    def fails(opener: RecordOpener, record: memoryview, chain: bytes) -> memoryview:
-        if next(opens) % 3:
-            return opened(opener, record, chain)
-        raise MemoryError if kind == "MemoryError" else WireError("not the one")
-
-    def broken(keys: object) -> None:
-        raise OSError("the store is broken")
-
-    monkeypatch.setattr(RecordOpener, "open", fails)
-    monkeypatch.setattr(engine.store, "delete", broken)
-    again, last = answer(engine, ask(ids))
-    assert again == tokens and last.cached.total == 0
-    assert engine.store.ram.open_leases == 0
-
-
-@pytest.mark.parametrize("which", [0, 1])
-def test_a_record_that_changed_in_ram_is_refused_and_computed_again(
-    which: int, make_engine: MakeEngine
-) -> None:
-    engine = make_engine(tiny_model("llama"), keep=False)
-    ids = prompt(31, 800)
-    tokens, _ = answer(engine, ask(ids))
-    assert engine.flush(30)
-    (lease,) = engine.store.ram.get(engine._keys(ids, "").segments[which : which + 1])
-    assert lease is not None and lease.address is not None
-    ctypes.memset(lease.address + 20, 0xFF, 8)  # of its header
-    lease.release()
-    again, last = answer(engine, ask(ids))
-    assert again == tokens and last.cached.ram == 512
-    assert engine.flush(30)
-    again, last = answer(engine, ask(ids))
-    assert again == tokens and last.cached.ram == 768
-    assert engine.store.ram.open_leases == 0
 
 
 def test_a_sink_that_raises_ends_only_its_own_request(make_engine: MakeEngine) -> None:

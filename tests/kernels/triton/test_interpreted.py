@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 NOT_INTERPRETED = {"test_compiled.py", "test_interpreted.py"}
-HALF = {"test_fused_codec.py", "test_lanes.py", "test_select.py", "test_step.py"}
+HALF = {"test_device_streams.py", "test_fused_codec.py", "test_lanes.py", "test_select.py", "test_step.py"}
 """Take about as long as all others together."""
 
 
