@@ -7,8 +7,8 @@ packed: attention decodes them (row_attention.py).
 
 Bytes moved: D per missing row over the bus, and as many written. Of many rows the bus is the limit; of few,
 that the device learns where they are, about 10 ns for every 64 kB that it did not touch lately. So requests
-take turns instead of being read side by side: all programs of one come before those of the next. Rows in the
-order in which they lie there come at the rate of the bus.
+take turns instead of being read side by side: all programs fetch for one of them, and then for the next. Rows
+in the order in which they lie there come at the rate of the bus.
 """
 
 import torch
@@ -33,8 +33,7 @@ CODE_BITS = 4
 """Per value of a key or value."""
 
 FETCHING_PROGRAMS = 528
-"""That fetch rows of a single request. Where there are four or more, each has a fourth of them: often they
-find nothing to do, and starting them takes time."""
+"""That fetch rows, for however many requests: often they find nothing to do, and starting them takes time."""
 
 BUS_PROGRAMS, ALL_PROGRAMS = 8, 264
 """That load rows from host memory, beside other work, and from the device's own."""
@@ -47,44 +46,41 @@ def _fetch_rows(
     rows: tl.tensor,
     keys: tl.tensor,
     values: tl.tensor,
-    sets: tl.tensor,
+    all_sets: tl.tensor,
     head_stride: tl.tensor,
     HEADS: tl.constexpr,
+    SETS: tl.constexpr,
     MOST_SETS: tl.constexpr,
-    SHARED: tl.constexpr,
     WORDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Of one request, every program takes every so many-th block of rows. All memory in words of 32 bits,
-    WORDS of them per cell."""
-    part, request = tl.program_id(0), tl.program_id(1)
+    """Every program takes every so many-th block of rows, of all requests' sets one after the other. All
+    memory in words of 32 bits, WORDS of them per cell."""
+    ROWS_EACH: tl.constexpr = HEADS // SETS
     every_set = tl.arange(0, MOST_SETS)
-    wanted = tl.load(num_missing + request * sets + every_set, mask=every_set < sets, other=0)
-    entries = wanted * HEADS if SHARED else wanted
+    entries = tl.load(num_missing + every_set, mask=every_set < all_sets, other=0) * ROWS_EACH
     ends = tl.cumsum(tl.cdiv(entries, BLOCK), 0)
     blocks = tl.max(ends, 0)
-    if part < blocks:
+    word = tl.arange(0, 2 * WORDS)[None, :]
+    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        nth = tl.sum((ends <= block).to(tl.int32), 0)
+        request, own_set = nth // SETS, nth % SETS
+        first = tl.max(tl.where(every_set < nth, ends, 0), 0)
+        entry = (block - first) * BLOCK + tl.arange(0, BLOCK)
+        there = entry < tl.load(num_missing + nth) * ROWS_EACH
         count = number(lanes, request, WANTED)
         missing = memory(lanes, request, MISSING, tl.int32)
         targets = memory(lanes, request, TARGETS, tl.int32)
         pages = memory(lanes, request, INDEX_PAGES, tl.int32)
-        word = tl.arange(0, 2 * WORDS)[None, :]
-        for block in range(part, blocks, tl.num_programs(0)):
-            own_set = tl.sum((ends <= block).to(tl.int32), 0)
-            first = tl.max(tl.where(every_set < own_set, ends, 0), 0)
-            entry = (block - first) * BLOCK + tl.arange(0, BLOCK)
-            there = entry < tl.sum(tl.where(every_set == own_set, entries, 0), 0)
-            if SHARED:  # the heads of a token lie side by side, and so do the reads
-                head, place = entry % HEADS, entry // HEADS
-            else:
-                head, place = own_set, entry
-            token = tl.load(missing + own_set * count + place, mask=there, other=0)
-            cell = tl.load(targets + own_set * count + place, mask=there, other=0).to(tl.int64)
-            row = (tl.load(pages + token // PAGE).to(tl.int64) * PAGE + token % PAGE) * HEADS + head
-            codes = tl.load(rows + row[:, None] * (2 * WORDS) + word, mask=there[:, None], other=0)
-            target = (head.to(tl.int64) * head_stride + cell * WORDS)[:, None] + word
-            tl.store(keys + target, codes, mask=there[:, None] & (word < WORDS))
-            tl.store(values + (target - WORDS), codes, mask=there[:, None] & (word >= WORDS))
+        # Where heads share a set, those of a token lie side by side, and so do the reads.
+        head, place = own_set + entry % ROWS_EACH, entry // ROWS_EACH
+        token = tl.load(missing + own_set * count + place, mask=there, other=0)
+        cell = tl.load(targets + own_set * count + place, mask=there, other=0).to(tl.int64)
+        row = (tl.load(pages + token // PAGE).to(tl.int64) * PAGE + token % PAGE) * HEADS + head
+        codes = tl.load(rows + row[:, None] * (2 * WORDS) + word, mask=there[:, None], other=0)
+        target = (head.to(tl.int64) * head_stride + cell * WORDS)[:, None] + word
+        tl.store(keys + target, codes, mask=there[:, None] & (word < WORDS))
+        tl.store(values + (target - WORDS), codes, mask=there[:, None] & (word >= WORDS))
 
 
 @triton.jit
@@ -127,7 +123,7 @@ def fetch_rows(
     keys: Tensor,
     values: Tensor,
     *,
-    programs: int | None = None,
+    programs: int = FETCHING_PROGRAMS,
     block_rows: int = 16,
 ) -> None:
     """Bring the missing rows of one layer from host memory into cells of the pool.
@@ -137,8 +133,8 @@ def fetch_rows(
     rows: uint8 [index slots, H * D] in page-locked host memory: head by head, key codes and value codes; D is
         64 or 128
     keys, values: [H, slots, D], the pool of one layer, any float dtype, the slots of a head side by side
-    programs: how many blocks of rows of a request are in work at a time. More than the default are no faster:
-        the bus is full. Where nothing is missing, they take the time of their starts.
+    programs: how many blocks of rows are in work at a time. More than the default are no faster: the bus is
+        full. Where nothing is missing, they take the time of their starts.
     Twin: aquifer.server.engine.selective.RowCache, which copies the same bytes.
     """
     heads, _, head_dim = keys.shape
@@ -149,19 +145,18 @@ def fetch_rows(
     expect_power_of_two("block_rows", block_rows, 16, 128)
     if sets not in (1, heads):
         raise ValueError(f"{sets} sets of tokens for {heads} heads; needed: 1 or {heads}")
-    programs = programs or FETCHING_PROGRAMS // min(requests, 4)
     key_words, value_words = keys.view(torch.int32), values.view(torch.int32)
-    _fetch_rows[(programs, requests)](
+    _fetch_rows[(programs,)](
         lanes,
         num_missing,
         rows.view(torch.int32),
         key_words,
         value_words,
-        sets,
+        num_missing.numel(),
         key_words.stride(0),
         HEADS=heads,
-        MOST_SETS=triton.next_power_of_2(sets),
-        SHARED=sets == 1,
+        SETS=sets,
+        MOST_SETS=triton.next_power_of_2(num_missing.numel()),
         WORDS=head_dim * CODE_BITS // 32,
         BLOCK=block_rows,
         num_warps=4,
