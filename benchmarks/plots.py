@@ -110,15 +110,15 @@ def _bars(
 
 
 def _lines(axes: Axes, reports: Sequence[dict[str, Any]]) -> None:
-    cases: dict[str, list[tuple[float, float]]] = {}
+    cases: dict[str, dict[float, float]] = {}  # what was measured again replaces what was before
     for report in reports:
         when = f" ({report['date'][:10]})" if len(reports) > 1 else ""
         for row in report["rows"]:  # "case, 6 contexts"
             figures = row["figures"]
-            points = cases.setdefault(row["name"].rpartition(",")[0] + when, [])
-            points.append((figures["contexts"], figures["tokens_per_second"]))
+            points = cases.setdefault(row["name"].rpartition(",")[0] + when, {})
+            points[figures["contexts"]] = figures["tokens_per_second"]
     for case, points in cases.items():
-        axes.plot(*zip(*points, strict=True), marker="o", label=case)
+        axes.plot(*zip(*points.items(), strict=True), marker="o", label=case)
     axes.set_xlabel("contexts answered at once", fontsize=8)
     axes.set_ylabel("tokens per second", fontsize=8)
     axes.legend(fontsize=8)
