@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aquifer.benchmarks.device_codec import codec_kernels
 from aquifer.benchmarks.device_selection import found_kernels, selection_kernels, token_kernels
-from aquifer.benchmarks.device_shape import Shape
+from aquifer.benchmarks.device_shape import BATCH, Shape
 from aquifer.benchmarks.engines import QUESTION_TOKENS
 from aquifer.benchmarks.plain_kernels import CHUNK_TOKENS
 from aquifer.benchmarks.roofline import Kernel, Limit
@@ -22,14 +22,12 @@ from aquifer.kernels.triton.attention import PAGE_TOKENS, attend_pages, merge_pa
 from aquifer.kernels.triton.norms import add_rms_norm, rms_norm, swiglu
 from aquifer.kernels.triton.rope import rotate_and_store
 
-BATCH = 16
-"""Requests of a full decode step, each with a quarter of the tokens: 16 times all of them fit no device."""
-
 EPSILON = 1e-5
 
 
 def page_kernels(shape: Shape) -> list[Kernel]:
-    """Attention of new tokens over pages: of decode steps, and of a question."""
+    """Attention of new tokens over pages: of decode steps, and of a question. Many requests have a quarter of
+    the tokens each, because so many times all of them fit no device."""
     tokens, quarter = shape.tokens, -(-shape.tokens // 4)
     question = f"attention over pages, {QUESTION_TOKENS} tokens"
     return [
@@ -167,5 +165,7 @@ GROUPS: Mapping[str, Callable[[Shape], list[Kernel]]] = {
     "tokens encoded for selection": token_kernels,
     "selection": selection_kernels,
     "rows of the trace": found_kernels,
+    "selection, many requests": partial(selection_kernels, requests=BATCH),
+    "rows of the trace, many requests": partial(found_kernels, requests=BATCH),
 }
 """By what their data has in common: it is on the device at the same time."""

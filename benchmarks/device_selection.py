@@ -1,5 +1,5 @@
-"""The kernels of selective decoding as `aquifer bench kernels` measures them, in the order in which a step of
-one request runs them. Imports Triton, so only where it runs.
+"""The kernels of selective decoding as `aquifer bench kernels` measures them, in the order of a step. Imports
+Triton, so only where it runs.
 """
 
 from __future__ import annotations
@@ -55,52 +55,61 @@ def token_kernels(shape: Shape) -> list[Kernel]:
     return kernels
 
 
-def selection_kernels(shape: Shape) -> list[Kernel]:
-    """A step of which no chosen row is on the device.
+def selection_kernels(shape: Shape, requests: int = 1) -> list[Kernel]:
+    """A step of so many requests, none of whose chosen rows is on the device.
 
     Raises LeftOutError for geometries that recorded steps cannot select in.
     """
-    layers = _layers(shape, found=0.0)
-    one, tokens, heads = layers[0], layers[0].tokens, shape.heads
+    layers = _layers(shape, requests, found=0.0)
+    one, heads, who = layers[0], shape.heads, _who(requests)
+    tokens = requests * one.tokens
     landmarks = tokens * heads * (shape.head_dim // 4 + SCALE_BYTES)
     scores = 4.0 * shape.query_heads * tokens
     attended = 2.0 * shape.half_bytes(SINK_TOKENS + one.tail)
     attended += heads * one.wanted * (shape.head_dim + SCALES_BYTES)
-    every_row = float(tokens * heads * shape.head_dim)
-    return [
+    kernels = [
         Kernel(
-            "score landmarks",
+            f"score landmarks{who}",
             [layer.score for layer in layers],
             {Limit.MEMORY: landmarks + scores, Limit.START: 2},
         ),
         Kernel(
-            "select tokens",
+            f"select tokens{who}",
             [layer.select for layer in layers],
-            {Limit.MEMORY: scores + 4 * heads * one.wanted, Limit.START: 3},
+            {Limit.MEMORY: scores + 4 * requests * heads * one.wanted, Limit.START: 3},
         ),
-        *_row_kernels(shape, layers, "none found"),
+        *_row_kernels(shape, layers, f"none found{who}"),
         Kernel(
-            "attention over chosen rows",
+            f"attention over chosen rows{who}",
             [layer.attend for layer in layers],
-            {Limit.MEMORY: attended, Limit.START: 2},
-        ),
-        Kernel(
-            "load all rows",
-            [layer.load for layer in layers],
-            {Limit.BUS: every_row, Limit.MEMORY: every_row, Limit.START: 1},
-            note="by few programs, as steps go on beside it",
+            {Limit.MEMORY: requests * attended, Limit.START: 2},
         ),
     ]
+    return kernels if requests > 1 else [*kernels, _loading(shape, layers)]
 
 
-def found_kernels(shape: Shape) -> list[Kernel]:
+def found_kernels(shape: Shape, requests: int = 1) -> list[Kernel]:
     """What takes less time where some of the chosen rows are on the device. Raises LeftOutError, too."""
-    layers = _layers(shape, found=FOUND_SHARE)
-    return _row_kernels(shape, layers, f"{FOUND_SHARE:.0%} found")
+    layers = _layers(shape, requests, found=FOUND_SHARE)
+    return _row_kernels(shape, layers, f"{FOUND_SHARE:.0%} found{_who(requests)}")
+
+
+def _who(requests: int) -> str:
+    return f", {requests} requests" if requests > 1 else ""
+
+
+def _loading(shape: Shape, layers: Sequence[_Layer]) -> Kernel:
+    every_row = float(layers[0].tokens * shape.channels)
+    return Kernel(
+        "load all rows",
+        [layer.load for layer in layers],
+        {Limit.BUS: every_row, Limit.MEMORY: every_row, Limit.START: 1},
+        note="by few programs, as steps go on beside it",
+    )
 
 
 def _row_kernels(shape: Shape, layers: Sequence[_Layer], suffix: str) -> list[Kernel]:
-    one, heads = layers[0], shape.heads
+    one = layers[0]
     missing = float(one.missing.sum())
 
     def put_back() -> None:
@@ -111,9 +120,9 @@ def _row_kernels(shape: Shape, layers: Sequence[_Layer], suffix: str) -> list[Ke
         Kernel(
             f"find rows, {suffix}",
             [layer.find for layer in layers],
-            {Limit.MEMORY: heads * 20.0 * one.wanted + 24.0 * missing, Limit.START: 1},
+            {Limit.MEMORY: one.missing.numel() * 20.0 * one.wanted + 24.0 * missing, Limit.START: 1},
             prepare=put_back,
-            note=f"{one.wanted:,} tokens are chosen for each of {heads} heads",
+            note=f"{one.wanted:,} tokens are chosen for each of {shape.heads} heads",
         ),
         Kernel(
             f"fetch rows, {suffix}",
@@ -128,17 +137,18 @@ def _row_kernels(shape: Shape, layers: Sequence[_Layer], suffix: str) -> list[Ke
     ]
 
 
-def _layers(shape: Shape, found: float) -> list[_Layer]:
+def _layers(shape: Shape, requests: int, found: float) -> list[_Layer]:
     if shape.head_dim not in (64, 128) or not indexed_tokens(shape.tokens):
         raise LeftOutError("recorded steps select tokens of whole segments, in heads of 64 or 128 channels")
-    codec, host_bytes = TokenCodec(shape.spec, None, shape.device), shape.tokens * shape.channels
-    return [_Layer(shape, codec, found) for _ in range(shape.num_layers(host_bytes, span=HOST_SPAN))]
+    codec, host_bytes = TokenCodec(shape.spec, None, shape.device), requests * shape.tokens * shape.channels
+    count = shape.num_layers(host_bytes, span=HOST_SPAN)
+    return [_Layer(shape, codec, requests, found) for _ in range(count)]
 
 
 class _Layer:
-    """One layer of one request, and the steps of its attention; every KV head has its own set of tokens."""
+    """One layer of some requests, and the steps of its attention; every KV head has its own set of tokens."""
 
-    def __init__(self, shape: Shape, codec: TokenCodec, found: float) -> None:
+    def __init__(self, shape: Shape, codec: TokenCodec, requests: int, found: float) -> None:
         """found: share of the chosen rows that are on the device."""
         heads, head_dim, device = shape.heads, shape.head_dim, shape.device
         per_slot = codec.rows_per_slot
@@ -147,43 +157,51 @@ class _Layer:
         self.tokens, self.tail = segments * SEGMENT_TOKENS, shape.tokens - segments * SEGMENT_TOKENS + 1
         self.wanted, self.cells = selection.count, selection.cached
         tail_pages, row_pages = pages_of(self.tail), pages_of(SINK_TOKENS + self.tokens // per_slot)
+        own_pages = tail_pages + row_pages
         self._codec, self._heads = codec, heads
-        self._lane = Lane(
-            torch.randperm(segments).tolist(),
-            range(tail_pages),
-            range(tail_pages, tail_pages + row_pages),
-            layers=1,
-            sets=heads,
-            num_q_heads=shape.query_heads,
-            wanted=self.wanted,
-            cells=self.cells,
-            device=device,
-        )
+        self._lanes = [
+            Lane(
+                (torch.randperm(segments) + segments * request).tolist(),
+                range(own_pages * request, own_pages * request + tail_pages),
+                range(own_pages * request + tail_pages, own_pages * (request + 1)),
+                layers=1,
+                sets=heads,
+                num_q_heads=shape.query_heads,
+                wanted=self.wanted,
+                cells=self.cells,
+                device=device,
+            )
+            for request in range(requests)
+        ]
+        one = self._lanes[0]
         segment = torch.arange(segments, dtype=torch.int32, device=device)
-        self._places = segment, SEGMENT_TOKENS * self._lane.index_pages.long(), self._lane.row_pages
+        self._places = segment, SEGMENT_TOKENS * one.index_pages.long(), one.row_pages
         self._counters = torch.zeros(2, dtype=torch.int64, device=device)
 
         def numbers(*sizes: int) -> Tensor:
             return torch.randint(256, sizes, dtype=torch.uint8, device=device)
 
-        self._codes = numbers(self.tokens, heads * head_dim // 4)
-        self._scales = torch.ones(self.tokens, heads, dtype=torch.float16, device=device)
-        self._row_scales = torch.ones(self.tokens, heads * SCALES_BYTES // 2, device=device).half()
+        slots = requests * self.tokens
+        self._codes = numbers(slots, heads * head_dim // 4)
+        self._scales = torch.ones(slots, heads, dtype=torch.float16, device=device)
+        self._row_scales = torch.ones(slots, heads * SCALES_BYTES // 2, device=device).half()
         self._rows = torch.empty(
-            self.tokens, heads * head_dim, dtype=torch.uint8, pin_memory=device.type == "cuda"
-        ).copy_(numbers(self.tokens, heads * head_dim))
-        self._query = shape.random(1, shape.query_heads, head_dim)
-        pool = (heads, (tail_pages + row_pages) * SEGMENT_TOKENS, head_dim)
+            slots, heads * head_dim, dtype=torch.uint8, pin_memory=device.type == "cuda"
+        ).copy_(numbers(slots, heads * head_dim))
+        self._query = shape.random(requests, shape.query_heads, head_dim)
+        pool = (heads, requests * own_pages * SEGMENT_TOKENS, head_dim)
         self._keys, self._values = shape.random(*pool), shape.random(*pool)
         self._tell(step=1)
         self._lse = self.score()
-        self._fill(found)
+        self._books = [book for lane in self._lanes for book in self._filled(lane, found)]
+        self._tell(ROW_CACHE_STEPS + 1)
         self.missing = self.find()
-        """int32 [1, H]: how many rows of each set are fetched."""
+        """int32 [requests, H]: how many rows of each set are fetched."""
 
-    def _fill(self, found: float) -> None:
-        """Bring the books to where a step finds this share of its tokens, and misses the others."""
-        lane, chosen = self._lane, self._drawn(self.wanted)
+    def _filled(self, lane: Lane, found: float) -> list[tuple[Tensor, Tensor]]:
+        """Bring a request's books to where a step finds this share of its tokens, and misses the others.
+        Returns them, each with a copy."""
+        chosen = self._drawn(self.wanted)
         there = chosen[:, torch.randperm(self.wanted, device=chosen.device)[: round(found * self.wanted)]]
         others = min(self.cells - there.shape[1], self.tokens - SINK_TOKENS - self.wanted)
         held = torch.cat((there, self._drawn(others, apart_from=chosen)), dim=1)
@@ -193,9 +211,8 @@ class _Layer:
         lane.cell_of[0].scatter_(1, held.long(), cells)
         lane.token_in[0, :, : held.shape[1]] = held
         lane.last_used[0, :, : held.shape[1]].random_(1, ROW_CACHE_STEPS + 1)
-        self._tell(ROW_CACHE_STEPS + 1)
         books = lane.chosen, lane.cell_of, lane.token_in, lane.last_used
-        self._books = [(book, book.clone()) for book in books]
+        return [(book, book.clone()) for book in books]
 
     def _drawn(self, count: int, apart_from: Tensor | None = None) -> Tensor:
         """int32 [H, count]: random tokens that have a landmark, ascending."""
@@ -206,9 +223,8 @@ class _Layer:
         return order.topk(count, dim=1, largest=False).indices.sort(dim=1).values.int()
 
     def _tell(self, step: int) -> None:
-        self._lanes = torch.tensor(
-            [self._lane.row(step, self.tail)], dtype=torch.int64, device=self._query.device
-        )
+        rows = [lane.row(step, self.tail) for lane in self._lanes]
+        self._table = torch.tensor(rows, dtype=torch.int64, device=self._query.device)
 
     def put_back(self) -> None:
         """Let the next `find` be the first of its step."""
@@ -217,22 +233,23 @@ class _Layer:
 
     def score(self) -> Tensor:
         landmarks = self._codes, self._scales, self._codec.landmark_quantizer.grid
-        return score_landmarks(self._query, self._codec.signs, *landmarks, self._lanes, first=SINK_TOKENS)
+        return score_landmarks(self._query, self._codec.signs, *landmarks, self._table, first=SINK_TOKENS)
 
     def select(self) -> None:
-        select_tokens(self._lanes, self._lse, self._heads, first=SINK_TOKENS)
+        select_tokens(self._table, self._lse, self._heads, first=SINK_TOKENS)
 
     def find(self) -> Tensor:
         cells = {"sinks": SINK_TOKENS, "per_slot": self._codec.rows_per_slot}
-        return find_rows(self._lanes, 0, self._heads, self._counters, **cells)
+        return find_rows(self._table, 0, self._heads, self._counters, **cells)
 
     def fetch(self) -> None:
-        fetch_rows(self._lanes, self.missing, self._rows, self._keys, self._values)
+        fetch_rows(self._table, self.missing, self._rows, self._keys, self._values)
 
     def load(self) -> None:
+        """All rows of the first request."""
         load_rows(*self._places, self._rows, self._keys, self._values, sinks=SINK_TOKENS)
 
     def attend(self) -> object:
         codec, pool = self._codec, (self._query, self._keys, self._values)
         coded = self._row_scales.view(torch.uint8), codec.row_quantizer.grid, codec.signs, codec.means[0]
-        return attend_rows(*pool, *coded, self._lanes, sets=self._heads, sinks=SINK_TOKENS)
+        return attend_rows(*pool, *coded, self._table, sets=self._heads, sinks=SINK_TOKENS)

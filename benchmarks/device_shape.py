@@ -21,6 +21,9 @@ HOST_SPAN = 8
 
 MOST_LAYERS = 16
 
+BATCH = 16
+"""Requests of a full decode step."""
+
 Made = TypeVar("Made")
 
 

@@ -57,18 +57,21 @@ def test_every_row_runs_and_every_kernel_is_in_one(shape: Shape, launched: list[
     assert measured == names_of_kernels | {landmarks.SCORE.__name__}
 
 
+@pytest.mark.parametrize("requests", [1, 3])
 @pytest.mark.parametrize(("make", "share"), [(selection_kernels, 0.0), (found_kernels, FOUND_SHARE)])
 def test_as_many_rows_are_fetched_as_the_row_says(
-    make: Callable[[Shape], list[Kernel]], share: float, shape: Shape
+    make: Callable[[Shape, int], list[Kernel]], share: float, requests: int, shape: Shape
 ) -> None:
-    find, fetch = [kernel for kernel in make(shape) if "rows," in kernel.name]
+    find, fetch = [
+        kernel for kernel in make(shape, requests) if kernel.name.startswith(("find rows", "fetch rows"))
+    ]
     wanted, heads, head_dim = 64, 2, 64
     missing = wanted - round(share * wanted)
-    assert fetch.needs[Limit.BUS] == missing * heads * head_dim
+    assert fetch.needs[Limit.BUS] == missing * requests * heads * head_dim
     assert find.prepare is not None
     for _ in range(2):
         find.prepare()
-        assert [operation().tolist() for operation in find.operations] == [[[missing] * heads]] * 2
+        assert [operation().tolist() for operation in find.operations] == [[[missing] * heads] * requests] * 2
 
 
 def test_rows_of_geometries_without_kernels_are_left_out(device: torch.device) -> None:
@@ -79,4 +82,8 @@ def test_rows_of_geometries_without_kernels_are_left_out(device: torch.device) -
             make(shape)
         except LeftOutError:
             left_out.add(name)
-    assert left_out == {"codec", "codec in integers", "selection", "rows of the trace"}
+    assert left_out == {
+        *("codec", "codec in integers"),
+        *("selection", "rows of the trace"),
+        *("selection, many requests", "rows of the trace, many requests"),
+    }
