@@ -56,6 +56,9 @@ class _ArenaLease(Lease):
         self._entry = entry
         self._open = True
 
+    def again(self) -> Lease:
+        return self._arena._lease_again(self)
+
     def release(self) -> None:
         super().release()
         self._arena._release(self)
@@ -239,7 +242,7 @@ class RamArena:
                 self._unlink(entry)
             self._entries.clear()
 
-    # Below here the lock is held, except in `_commit`, `_release` and `_abort`, which take it.
+    # Below here the lock is held; `_commit`, `_lease_again`, `_release` and `_abort` take it.
 
     def _get(self, entries: Sequence[_Entry | None]) -> list[Lease | None]:
         """entries: of a prompt's records, in order; None is a miss."""
@@ -298,6 +301,11 @@ class RamArena:
         start = entry.slot * self._stride
         data = self._readable[start : start + entry.length]
         return _ArenaLease(self, entry, data, found_in, self._address + start)
+
+    def _lease_again(self, lease: _ArenaLease) -> Lease:
+        with self._lock:
+            assert lease._open
+            return self._lease(lease._entry, lease.tier)
 
     def _release(self, lease: _ArenaLease) -> None:
         with self._lock:

@@ -10,7 +10,9 @@ same key are made from the same bytes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from aquifer.cachestore.arena import RamArena, Reservation
@@ -48,6 +50,9 @@ class TieredStore:
         self.redis = redis
         self._verify = verify
         self._close_seconds = close_seconds
+        self._lock = threading.Lock()
+        self._promotions: set[_Promotion] = set()
+        """Under way."""
         self._write_behind: WriteBehind | None = None
         if redis is not None:
             self._write_behind = WriteBehind(
@@ -65,7 +70,8 @@ class TieredStore:
 
         landing = _Promotion(self.ram, [keys[index] for index in missing], self._verify)
         try:
-            self.redis.read(landing.keys, landing)
+            with self._under_way(landing):
+                self.redis.read(landing.keys, landing)
         except BaseException:
             for lease in [*leases, *landing.leases]:
                 if lease is not None:
@@ -104,8 +110,8 @@ class TieredStore:
         """
         lease, is_new = self.ram.insert(key, num_bytes, fill)
         if self._write_behind is not None and (is_new or lease is None):
-            second = self.ram.insert(key, num_bytes, fill)[0] if lease is not None else None
-            queued = self._write_behind.offer(key, second or lease_of_own(num_bytes, fill, self.ram.name))
+            second = lease.again() if lease else lease_of_own(num_bytes, fill, self.ram.name)
+            queued = self._write_behind.offer(key, second)
             return lease, is_new or queued
         return lease, is_new
 
@@ -116,7 +122,10 @@ class TieredStore:
             self._write_behind.cancel(keys)
         if self.redis is not None:
             self.redis.delete(keys)
-        # RAM last: a read that promotes a record meanwhile would bring it back.
+        # RAM last, and reads that have begun before are told: promoting a record they would bring it back.
+        with self._lock:
+            for promotion in self._promotions:
+                promotion.deleted.update(keys)
         self.ram.delete(keys)
         return known
 
@@ -148,6 +157,16 @@ class TieredStore:
             self.redis.close()
         self.ram.close()
 
+    @contextmanager
+    def _under_way(self, promotion: _Promotion) -> Iterator[None]:
+        with self._lock:
+            self._promotions.add(promotion)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._promotions.discard(promotion)
+
 
 class _Promotion:
     """Lands what Redis has in the arena, checked."""
@@ -157,6 +176,8 @@ class _Promotion:
     ) -> None:
         self.keys = keys
         self.leases: list[Lease | None] = [None] * len(keys)
+        self.deleted: set[SegmentKey] = set()
+        """Since this read began."""
         self._ram = ram
         self._verify = verify
         self._arriving: dict[int, Reservation | memoryview] = {}
@@ -184,6 +205,8 @@ class _Promotion:
             self.leases[index] = Lease(place.toreadonly(), RedisTier.name)
         else:
             self.leases[index], _ = place.commit(RedisTier.name)
+            if self.keys[index] in self.deleted:  # serves this caller, and nobody else
+                self._ram.delete([self.keys[index]])
 
     def abandon(self, index: int) -> None:
         place = self._arriving.pop(index)

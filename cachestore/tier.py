@@ -36,6 +36,10 @@ class Lease:
             raise ValueError("this lease was released; its bytes may belong to another record now")
         return self._data
 
+    def again(self) -> Lease:
+        """Another lease of the same record."""
+        return Lease(self.data, self.tier, self.address)
+
     def release(self) -> None:
         """Give the record back. Calling it again does nothing."""
         self._data = self.address = None

@@ -7,8 +7,12 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 
+import structlog
+
 from aquifer.cachestore.keys import SegmentKey
 from aquifer.cachestore.tier import Lease, Tier
+
+log = structlog.get_logger(__name__)
 
 
 class WriteBehind:
@@ -37,7 +41,7 @@ class WriteBehind:
 
     @property
     def dropped(self) -> int:
-        """Records that found the queue full, or were still in it at the close."""
+        """Records that found the queue full, failed unexpectedly, or were still in it at the close."""
         return self._dropped
 
     def offer(self, key: SegmentKey, lease: Lease) -> bool:
@@ -98,10 +102,15 @@ class WriteBehind:
                     return
                 key, lease = self._waiting.popitem(last=False)
                 self._writing.add(key)
+            failed = 0
             try:
                 self._tier.put(key, lease.data)
+            except Exception as error:  # a tier counts what it expects to fail
+                log.error("write failed", tier=self._tier.name, exc_info=error)
+                failed = 1
             finally:
                 with self._changed:
+                    self._dropped += failed
                     self._writing.discard(key)
                     self._forget(lease)
                     self._changed.notify_all()

@@ -10,6 +10,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import TypeVar
@@ -63,7 +64,9 @@ class Engine:
         self._weight_bytes = parts.adapter.weight_bytes()
         self._namer = PromptNamer()
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._closing = False
+        self._closing = self._closed = False
+        self._posting = threading.Lock()
+        """Nothing is put into the inbox once it is closed: nobody would look there."""
         self._admission = Admission(parts)
         self._loop = StepLoop(parts, self._admission, self._inbox.put)
         device, stream = parts.adapter.device, None
@@ -96,11 +99,12 @@ class Engine:
                 self.cancel(request.request_id)
 
         state = RequestState(request, plan, guarded, keys, self._decode_text, submitted)
-        self._inbox.put(lambda: self._enqueue(state))
+        if not self._post(lambda: self._enqueue(state)):
+            guarded(_SHUTTING_DOWN)
 
     def cancel(self, request_id: str) -> None:
         """End a request early; it still gets its last event. Unknown or finished ids are ignored."""
-        self._inbox.put(lambda: self._loop.cancel(request_id))
+        self._post(lambda: self._loop.cancel(request_id))
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[FinishedEvent]:
         """Submit requests together and wait for all of them. Raises EngineError if one fails."""
@@ -120,14 +124,10 @@ class Engine:
         return [result.result() for result in results]
 
     def forget(self, token_ids: Sequence[int], cache_salt: str) -> int:
-        """Delete a prompt's segments from every tier and lift its pins. Returns the number of records."""
+        """Delete a prompt's segments from every tier and lift its pins. Requests that are reading it go on,
+        and keep nothing of it. Returns the number of records."""
         keys = self._keys(token_ids, cache_salt)
-
-        def forget_on_device() -> None:
-            self._parts.pool.forget(keys.segments)
-            self._parts.index.forget(keys.segments)
-
-        self._call(forget_on_device)
+        futures.wait(self._call(lambda: self._loop.forget(keys.segments)))
         self.store.unpin(keys.records)
         return self.store.delete(keys.segments)  # every prompt that begins alike needs the sinks
 
@@ -168,8 +168,10 @@ class Engine:
         """Stop; a second call does nothing. Requests still running get a FailedEvent: `shutting_down`."""
         if self._closing:
             return
-        self._inbox.put(self._shut_down)
+        self._post(self._shut_down)
         self._thread.join()
+        with self._posting:
+            self._closed = True
         self._obey(wait=False)  # what was asked for in the meantime gets its answer too
         self._on_close()
         self.store.close()
@@ -188,6 +190,13 @@ class Engine:
                 # forever for a thread that is gone, so all are told and the loop goes on.
                 log.error("engine turn failed", exc_info=error)
                 self._loop.end_all(FailedEvent("internal", f"engine error: {type(error).__name__}: {error}"))
+
+    def _post(self, command: Callable[[], None]) -> bool:
+        """Have the engine's thread do something; at the very end, the one that closes. False: it is over."""
+        with self._posting:
+            if not self._closed:
+                self._inbox.put(command)
+            return not self._closed
 
     def _obey(self, *, wait: bool) -> None:
         """Carry out all commands that are there; wait: for the first one, if there is none."""
@@ -240,8 +249,6 @@ class Engine:
     def _call(self, action: Callable[[], T]) -> T:
         """Run something on the engine's thread and wait for what it returns. Raises EngineError after
         `close`."""
-        if self._closing:
-            raise EngineError(_SHUTTING_DOWN.message)
         done: Future[T] = Future()
 
         def command() -> None:
@@ -250,7 +257,8 @@ class Engine:
             except Exception as error:
                 done.set_exception(error)
 
-        self._inbox.put(command)
+        if self._closing or not self._post(command):
+            raise EngineError(_SHUTTING_DOWN.message)
         return done.result()
 
     def _enqueue(self, state: RequestState) -> None:

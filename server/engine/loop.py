@@ -11,10 +11,11 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import structlog
 
+from aquifer.cachestore.keys import SegmentKey
 from aquifer.server.engine.admission import Admission
 from aquifer.server.engine.decoding import OneByOne, Verified
 from aquifer.server.engine.fetch import Fetched, Fetcher
@@ -78,6 +79,8 @@ class StepLoop:
         """Tokens of the last step, and whether they end their answer."""
         self._sends_beside_steps = parts.adapter.device.type == "cuda"
         """Whether tokens wait until the next step is being computed."""
+        self._room_came_back = False
+        """Since waiting requests were looked at."""
         self._unsendable: dict[RequestState, Exception] = {}
         """Answers whose tokens could not be sent. The step that was running then still reads their caches."""
         self._fetch_threads = ThreadPoolExecutor(2, thread_name_prefix="aquifer-fetch")
@@ -85,8 +88,8 @@ class StepLoop:
     @property
     def idle(self) -> bool:
         """Whether a turn would do nothing."""
-        # The last running request may have ended in the turn that is over, making room for a waiting one.
-        can_admit = self._waiting and not self.num_running
+        # A request may have ended in the turn that is over, making room for a waiting one.
+        can_admit = self._waiting and (self._room_came_back or not self.num_running)
         return not (self._reading or self._decoding or self._writer.backlog or can_admit)
 
     @property
@@ -123,6 +126,16 @@ class StepLoop:
         except Exception as error:
             self._fail(state, error)
 
+    def forget(self, segments: Sequence[SegmentKey]) -> list[Future[None]]:
+        """Drop these from the device, and let no request that is here now, or was, keep them in a tier. What
+        is being stored cannot be held up: returns when that is done."""
+        self._parts.pool.forget(segments)
+        self._parts.index.forget(segments)
+        keys = set(segments)
+        for state in self._requests.values():
+            state.forgotten.update(index for index, key in enumerate(state.keys.segments) if key in keys)
+        return self._writer.forget(keys)
+
     def turn(self) -> None:
         """Bring everything one step further."""
         self._prompts.settle()
@@ -157,6 +170,7 @@ class StepLoop:
 
         One whose segments another request is producing right now is passed over: when those stand, it
         shares them instead of computing them again."""
+        self._room_came_back = False
         for state in list(self._waiting):
             if self.num_running >= self._limits.max_running:
                 break
@@ -370,6 +384,7 @@ class StepLoop:
         """Take a request out of every list and give back what it holds."""
         running = state.phase not in (Phase.WAITING, Phase.DONE)
         state.phase = Phase.DONE
+        self._room_came_back = True
         self._requests.pop(state.request.request_id, None)
         for queue in (self._waiting, self._reading, self._decoding):
             with contextlib.suppress(ValueError):

@@ -112,10 +112,8 @@ class PromptReader:
             step.done(step.clock.seconds())
 
     def _restore_group(self, state: RequestState) -> None:
-        clock = Clock(self._parts.adapter.device)
         group = list(islice(state.restores, self._restorer.group_segments))
-        source = self._restorer.restore(group, state.cache.table)
-        clock.stop()
+        clock, source = self._restorer.restore(group, state.cache.table)
         self._under_way.append(_Step(clock, partial(self._restored, state, group), source))
         for segment in group:
             # Not before: if it fails, the request's end gives them back, when the device reads nothing more.
@@ -167,16 +165,20 @@ class PromptReader:
                 self._register(state, index)
                 continue
             jobs = split_segments(kv, start, [(index, segments[index])], state.keys.sinks)
-            records = self._writer.store_now(jobs, keep=state.request.store)
+            keep = state.request.store and index not in state.forgotten
+            records = self._writer.store_now(jobs, keep=keep)
             state.cache.host[index] = StoredSegment(index, records[-1], *records[:-1])
         self._claims.drop(state, complete)
         if state.request.store:
-            wanted = [(index, segments[index]) for index in paged if index not in state.known]
+            done = state.known | state.forgotten
+            wanted = [(index, segments[index]) for index in paged if index not in done]
             jobs = split_segments(kv, start, wanted, state.keys.sinks)
             state.writes_pending += len(jobs)
             self._writer.add(jobs, lambda: self._on_written(state))
 
     def _register(self, state: RequestState, index: int) -> None:
+        if index in state.forgotten:
+            return
         page = state.cache.table.pages[index]
         assert page is not None
         self._parts.pool.register(page, state.keys.segments[index])
@@ -190,7 +192,8 @@ class PromptReader:
         group = [state.unindexed.popleft() for _ in range(min(GROUP_SEGMENTS, len(state.unindexed)))]
         build_index(index, pages, group, state.cache, self._reader, state.cells)
         for number in group:
-            index.register(pages[number], state.keys.segments[number])
+            if number not in state.forgotten:
+                index.register(pages[number], state.keys.segments[number])
         self._claims.drop(state, group)
 
     def _score(self, state: RequestState, start: int, hidden: Tensor) -> None:

@@ -57,41 +57,38 @@ class RecordedRestores:
         first = Queues(pool.keys.device, RECORDING_PRIORITY)
         self._queues = first, Queues(pool.keys.device, RECORDING_PRIORITY, first.copies)
         self._memory: GraphMemory = torch.cuda.graph_pool_handle()
-        self._recordings: dict[tuple[int, ...], _Recording | None] = {}
+        self._recordings: dict[tuple[int, ...], Recording | None] = {}
         """By the tokens of each segment. None: it could not be recorded."""
 
     @property
     def device_bytes(self) -> int:
-        """What recordings keep of the device."""
-        return sum(recording.device_bytes for recording in self._recordings.values() if recording)
+        """What recordings keep of the device; another thread may ask while there is a new one."""
+        return sum(recording.device_bytes for recording in list(self._recordings.values()) if recording)
 
-    def restore(self, segments: ChainedSegments, table: BlockTable) -> bool:
-        """Write the KV of a group into the table's pages. False: this cannot be replayed, launch it."""
+    def of(self, segments: ChainedSegments) -> Recording | None:
+        """What restores a group like this one, recorded when it is first asked for. None: launch it."""
         if len(segments.counts) > self._most:
-            return False
+            return None
         counts = segments.counts + (SEGMENT_TOKENS,) * (self._bucket(segments) - len(segments.counts))
         # The largest recording comes first, so that the others find room in its memory.
         for wanted in ((SEGMENT_TOKENS,) * self._most, counts):
             if wanted not in self._recordings:
                 self._recordings[wanted] = self._record(wanted)
-        recording = self._recordings[counts]
-        if recording is not None:
-            recording.replay(segments, table)
-        return recording is not None
+        return self._recordings[counts]
 
     def _bucket(self, segments: ChainedSegments) -> int:
         count = len(segments.counts)
         return min(self._most, FEWEST if count <= FEWEST else -(-count // STEP) * STEP)
 
-    def _record(self, counts: tuple[int, ...]) -> _Recording | None:
+    def _record(self, counts: tuple[int, ...]) -> Recording | None:
         try:
-            return _Recording(self._codec, counts, self._pool, self._rope_table, self._queues, self._memory)
+            return Recording(self._codec, counts, self._pool, self._rope_table, self._queues, self._memory)
         except RuntimeError as error:  # out of memory, above all
             log.warning("restores are launched, not replayed", segments=len(counts), exc_info=error)
             return None
 
 
-class _Recording:
+class Recording:
     """A graph and its inputs."""
 
     def __init__(
@@ -124,7 +121,7 @@ class _Recording:
         self.device_bytes = grown + self._inputs.nbytes + sum(part.device_bytes for part in self._parts)
 
     def replay(self, segments: ChainedSegments, table: BlockTable) -> None:
-        """Restore at most as many segments, cut like the recorded ones."""
+        """Write the KV of at most as many segments, cut like the recorded ones, into the table's pages."""
         tokens = [first for first, _ in segments.spans]
         slots = [slot for token in tokens if (slot := table.slot(token)) is not None]
         present = segments.records.addresses, slots, tokens
@@ -146,7 +143,7 @@ class _Part:
     """Neighbouring segments of a recording, whose layers are decoded together."""
 
     def __init__(self, codec: Codec, counts: tuple[int, ...], inputs: Tensor, queues: Queues) -> None:
-        """inputs: int64 [3, N], see _Recording."""
+        """inputs: int64 [3, N], see Recording."""
         assert codec.chain is not None
         self._codec, self._counts, self._inputs, self._queues = codec.chain, counts, inputs, queues
         device, lengths = inputs.device, torch.tensor(counts)

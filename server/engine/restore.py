@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from aquifer.server.engine.clock import Clock
 from aquifer.server.engine.fetch import StoredSegment
 from aquifer.server.engine.pages import BlockTable, PagePool, pages_of
 from aquifer.server.engine.streams import SegmentReader, SegmentSource
@@ -42,13 +43,19 @@ class Restorer:
         """How many segments to restore in one call."""
         return CUDA_GROUP_SEGMENTS if self._pool.keys.is_cuda else GROUP_SEGMENTS
 
-    def restore(self, segments: Sequence[StoredSegment], table: BlockTable) -> SegmentSource:
+    def restore(self, segments: Sequence[StoredSegment], table: BlockTable) -> tuple[Clock, SegmentSource]:
         """Write the KV of these segments, in ascending order, into the table's pages.
 
-        A device does so in its own time; whatever it is asked from now on finds them there. Until then leases
-        must last, and what is returned must live: it may hold page-locked copies of records."""
+        A device does so in its own time; whatever it is asked from now on finds them there. Returns a clock of
+        it, but for what is recorded once, and what must live until it is over, as leases must: it may hold
+        page-locked copies of records."""
         source = self._reader.source(segments)
-        chained, recorded = source.chained, self._recorded
-        if chained is None or recorded is None or not recorded.restore(chained, table):
+        chained = source.chained
+        recording = None if chained is None or self._recorded is None else self._recorded.of(chained)
+        clock = Clock(self._pool.keys.device)
+        if chained is not None and recording is not None:
+            recording.replay(chained, table)
+        else:
             source.open().restore(self._pool, table.runs(source.spans))
-        return source
+        clock.stop()
+        return clock, source

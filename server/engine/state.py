@@ -76,6 +76,7 @@ class RequestState:
         self.cells: OwnCells | None = None  # for their rows, if they all go there
         self.missing: list[int] = []  # reusable segments that are not on the device
         self.known: set[int] = set()  # segments that some tier holds already
+        self.forgotten: set[int] = set()  # segments that are nobody else's any more: they are kept nowhere
         self.read = False  # whether all of the prompt stands
         self.first_choice: Choice | None = None
         self.writes_pending = 0

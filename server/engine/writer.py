@@ -92,6 +92,14 @@ class SegmentWriter:
         """Queue records; on_done is called once for each of them."""
         self._jobs.extend((job, on_done) for job in jobs)
 
+    def forget(self, keys: set[SegmentKey]) -> list[Future[None]]:
+        """Store none of these any more, but for what is being stored: returns when that is done."""
+        forgotten = [entry for entry in self._jobs if entry[0].key in keys]
+        self._jobs = deque(entry for entry in self._jobs if entry[0].key not in keys)
+        for _, on_done in forgotten:
+            on_done()
+        return [batch.done for batch in self._batches]
+
     def pump(self, limit: int) -> None:
         """Encode up to `limit` waiting records, and report those that were stored. On the thread a batch
         starts when it is full or nothing was added since the last call: few large ones cost the engine's
@@ -130,16 +138,21 @@ class SegmentWriter:
         """Encode records that are needed right away, and lease them.
 
         keep: whether they are stored for others, too. Without it, or if the RAM tier has no room, the
-        lease holds memory of its own.
+        lease holds memory of its own. Raises ValueError for values that are not finite.
         """
-        records = []
-        for job in jobs:
-            (body,), (damaged,) = self._encode(self._codecs[job.kind], [job], _mark(job.keys))
-            if damaged:
-                raise ValueError(f"{_name(job)} holds values that are not finite")
-            lease = self._store_record(job, body) if keep else None
-            lease = lease or lease_of_own(*self._sealing(job, body), "own")
-            records.append(StoredRecord(lease, body_of(lease.data)))
+        records: list[StoredRecord] = []
+        try:
+            for job in jobs:
+                (body,), (damaged,) = self._encode(self._codecs[job.kind], [job], _mark(job.keys))
+                if damaged:
+                    raise ValueError(f"{_name(job)} holds values that are not finite")
+                lease = self._store_record(job, body) if keep else None
+                lease = lease or lease_of_own(*self._sealing(job, body), "own")
+                records.append(StoredRecord(lease, body_of(lease.data)))
+        except BaseException:
+            for record in records:
+                record.lease.release()
+            raise
         return records
 
     def _start(self, kind: RecordKind, jobs: Sequence[WriteJob]) -> Future[None]:

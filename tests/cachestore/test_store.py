@@ -180,6 +180,43 @@ def test_delete_forgets_in_every_tier_and_cancels_the_write(redis_server: Any, m
     assert make_store(redis_server.url).contains(KEYS[:4]) == [None] * 4
 
 
+def test_a_read_that_began_before_a_delete_brings_nothing_back(redis_server: Any, make_store: Any) -> None:
+    writer, store = make_store(redis_server.url), make_store(redis_server.url)
+    for key in KEYS[:3]:
+        writer.put(key, sealed(b"record"))
+    assert writer.flush(10)
+
+    def delete_meanwhile(record: memoryview, digest: bytes) -> None:
+        if digest == KEYS[1].digest:
+            store.delete(KEYS[:2])
+
+    store._verify = delete_meanwhile
+    assert read(store, KEYS[:3]) == [("redis", sealed(b"record"))] * 3
+    assert store.contains(KEYS[:3]) == [None, None, "ram"]
+    assert store.ram.open_leases == 0
+    assert store.put(KEYS[1], sealed(b"new")) and store.flush(10)
+    assert read(make_store(redis_server.url), KEYS[:2]) == [None, ("redis", sealed(b"new"))]
+
+
+def test_a_write_that_fails_unexpectedly_is_dropped_and_the_next_one_is_written(
+    redis_server: Any, make_store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(redis_server.url)
+    put = RedisTier.put
+
+    def fail_once(tier: RedisTier, key: SegmentKey, record: memoryview) -> bool:
+        if key == KEYS[0]:
+            raise MemoryError
+        return put(tier, key, record)
+
+    monkeypatch.setattr(RedisTier, "put", fail_once)
+    for key in KEYS[:2]:
+        assert store.put(key, sealed(b"record"))
+    assert store.flush(10) and store.ram.open_leases == 0
+    assert store.stats()[1].dropped_writes == 1
+    assert make_store(redis_server.url).contains(KEYS[:2]) == [None, "redis"]
+
+
 def test_an_outage_drops_writes_and_serves_from_ram(
     redis_server: Any, make_store: Any, wait_until: Any
 ) -> None:

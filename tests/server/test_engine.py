@@ -3,17 +3,18 @@ from, the tokens are those of plain `generate`."""
 
 import itertools
 import re
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from asking import answer, ask, prompt, submit, text_of
+from asking import Events, answer, ask, prompt, submit, text_of
 from tiny_models import DEVICE, FAMILIES, greedy_reference, tiny_model
 
-from aquifer.cachestore.keys import PromptKeys
+from aquifer.cachestore.keys import PromptKeys, SegmentKey
 from aquifer.server.engine import loop
 from aquifer.server.engine.engine import Engine, EngineError
 from aquifer.server.engine.pages import PagePool
@@ -21,6 +22,7 @@ from aquifer.server.engine.types import (
     Event,
     FailedEvent,
     GenerateRequest,
+    KVMode,
     ProgressEvent,
     SamplingParams,
     TokenEvent,
@@ -166,6 +168,64 @@ def test_forgotten_documents_are_gone_everywhere(make_engine: MakeEngine) -> Non
     assert answer(engine, ask(ids))[1].cached.total == 0
 
 
+@pytest.mark.parametrize("mode", ["resident", "streamed", "selective"])
+def test_a_document_that_is_forgotten_while_it_is_read_is_kept_nowhere(
+    mode: KVMode, make_engine: MakeEngine
+) -> None:
+    """Neither what was read before nor what is read afterwards, and its reader is answered all the same."""
+    model = tiny_model("llama")
+    engine = make_engine(model, chunk_tokens=256)
+    ids, half_read, forgotten = prompt(35, 2100), threading.Event(), threading.Event()
+
+    def forget_halfway(event: Event) -> None:
+        """The engine's thread goes on as soon as it is asked to forget."""
+        if isinstance(event, ProgressEvent) and event.done_tokens >= 1024 and not half_read.is_set():
+            half_read.set()
+            deadline = time.monotonic() + 30
+            while engine._inbox.empty() and time.monotonic() < deadline:
+                time.sleep(0.001)
+
+    def forget() -> None:
+        half_read.wait(30)
+        engine.forget(ids, "")
+        forgotten.set()
+
+    thread = threading.Thread(target=forget)
+    thread.start()
+    events = submit(engine, ask(ids, mode=mode), forget_halfway)
+    last = events.finished
+    thread.join()
+    assert half_read.is_set() and forgotten.is_set() and last.computed_tokens == len(ids)
+    if mode != "selective":
+        assert events.tokens == greedy_reference(model, ids, 8)
+    assert engine.flush(30)
+    assert not any(engine.store.contains(engine._keys(ids, "").segments))
+    again = answer(engine, ask(ids, mode=mode))[1]
+    assert again.cached.total == 0
+    assert engine.flush(30)
+    assert answer(engine, ask(ids, mode=mode))[1].cached.total == 2048
+
+
+def test_a_waiting_request_starts_when_room_comes_back_while_another_one_waits_for_a_tier(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(tiny_model("llama"), keep=False, max_running=2)
+    contains, answered = engine.store.contains, threading.Event()
+
+    def stall(keys: Sequence[SegmentKey]) -> list[str | None]:
+        assert answered.wait(30), "a request waits for one that waits for a tier"
+        return contains(keys)
+
+    running = submit(engine, ask(prompt(1, 20), 200))
+    monkeypatch.setattr(engine.store, "contains", stall)
+    fetching = submit(engine, ask(prompt(5, 600), 4))
+    waiting = submit(engine, ask(prompt(3, 20), 4), lambda event: None)
+    running.wait()
+    waiting.wait(20)
+    answered.set()
+    assert len(fetching.finished.text) == 4
+
+
 def test_scoring_gives_the_log_probabilities_of_the_models_own_forward(make_engine: MakeEngine) -> None:
     model = tiny_model("qwen2")
     engine = make_engine(model, keep=False)
@@ -236,6 +296,31 @@ def test_closing_answers_every_request(make_engine: MakeEngine) -> None:
     engine.close()
     failed = [event for event in events if isinstance(event, FailedEvent)]
     assert [event.kind for event in failed] == ["shutting_down"] * 3
+
+
+def test_a_request_that_is_named_while_the_engine_closes_is_told(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(tiny_model("llama"))
+    name, begun, closed = engine._keys, threading.Event(), threading.Event()
+
+    def late(*args: Any) -> PromptKeys:
+        begun.set()
+        assert closed.wait(30)
+        return name(*args)
+
+    monkeypatch.setattr(engine, "_keys", late)
+    events = Events()
+    thread = threading.Thread(target=engine.submit, args=(ask(prompt(1, 600)), events))
+    thread.start()
+    assert begun.wait(30)
+    engine.close()
+    closed.set()
+    last = events.wait()
+    thread.join()
+    assert isinstance(last, FailedEvent) and last.kind == "shutting_down"
+    with pytest.raises(EngineError, match="shutting down"):
+        engine._call(lambda: None)
 
 
 def test_closing_twice_gives_host_memory_back_once(make_engine: MakeEngine) -> None:

@@ -6,18 +6,21 @@ import gc
 import itertools
 import weakref
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from asking import answer, ask, prompt, submit
 from tiny_models import greedy_reference, tiny_model
 
-from aquifer.server.engine import reading
+from aquifer.server.engine import reading, restore
 from aquifer.server.engine.clock import Clock
 from aquifer.server.engine.engine import Engine
+from aquifer.server.engine.pages import BlockTable
 from aquifer.server.engine.restore import Restorer
 from aquifer.server.engine.state import RequestState
+from aquifer.server.engine.streams import SegmentReader
 from aquifer.server.engine.types import FailedEvent, FinishedEvent, TokenEvent
 
 MakeEngine = Callable[..., Engine]
@@ -53,7 +56,8 @@ def engine(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> Engine:
     engine = make_engine(tiny_model("llama"), keep=False)
     answer(engine, ask(IDS))
     assert engine.flush(30)
-    monkeypatch.setattr(reading, "Clock", LateClock)
+    for module in (reading, restore):
+        monkeypatch.setattr(module, "Clock", LateClock)
     monkeypatch.setattr(LateClock, "waits", 0)
     monkeypatch.setattr(Restorer, "group_segments", 2)
     return engine
@@ -67,9 +71,9 @@ def test_the_question_is_prepared_while_a_device_restores(
     sources, alive, leases = list[weakref.ref[Any]](), list[list[bool]](), list[int]()
 
     def restored(*args: Any) -> Any:
-        source = restore(*args)
+        clock, source = restore(*args)
         sources.append(weakref.ref(source))
-        return source
+        return clock, source
 
     def computed(*args: Any) -> Any:
         gc.collect()
@@ -85,6 +89,19 @@ def test_the_question_is_prepared_while_a_device_restores(
     assert alive == [[False, False, True]] and leases == [1]
     assert engine.store.ram.open_leases == 0
     assert last.timings.restore_seconds > 1.5 and last.timings.prefill_seconds == 0.5
+
+
+def test_what_is_recorded_once_is_not_timed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a first restore would look slower than computing, and the load gate close on it."""
+    log: list[str] = []
+    recording = SimpleNamespace(replay=lambda *_: log.append("replayed"))
+    clock = SimpleNamespace(stop=lambda: log.append("stopped"))
+    monkeypatch.setattr(restore, "Clock", lambda _: log.append("started") or clock)
+    reader = SimpleNamespace(source=lambda _: SimpleNamespace(chained="a chain"))
+    restorer = Restorer(cast(SegmentReader, reader), engine._parts.pool)
+    restorer._recorded = cast(Any, SimpleNamespace(of=lambda _: log.append("recorded") or recording))
+    restorer.restore([], BlockTable([]))
+    assert log == ["recorded", "started", "replayed", "stopped"]
 
 
 def test_the_first_token_goes_out_before_leases_are_given_back(engine: Engine) -> None:

@@ -108,6 +108,28 @@ def test_a_segment_that_is_not_finite_cannot_be_read_back(writer: SegmentWriter,
         record.lease.release()
 
 
+def test_what_goes_before_a_segment_that_cannot_be_read_back_stays_leased_by_nobody(
+    writer: SegmentWriter, store: TieredStore, keys: PromptKeys
+) -> None:
+    values = torch.zeros(2, TOKENS, 16)
+    values[0, 100, 0] = torch.inf  # behind the sinks
+    with pytest.raises(ValueError, match="segment from token 4 holds values"):
+        writer.store_now(jobs_of(keys, values)[:2], keep=True)
+    assert store.contains([keys.records[0]]) == ["ram"] and store.ram.open_leases == 0
+
+
+def test_what_is_forgotten_is_reported_and_not_stored(
+    writer: SegmentWriter, store: TieredStore, keys: PromptKeys
+) -> None:
+    reported: list[str] = []
+    writer.add(jobs_of(keys, torch.zeros(2, TOKENS, 16)), lambda: reported.append("done"))
+    assert writer.forget(set(keys.segments[1:])) == []
+    assert len(reported) == 2 and writer.backlog == 2
+    writer.close()
+    assert len(reported) == 4
+    assert store.contains(keys.segments) == ["ram", None, None]
+
+
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="batches are collected for a device only")
 def test_a_batch_starts_when_it_is_full_or_no_longer_grows(store: TieredStore, keys: PromptKeys) -> None:
     writer = SegmentWriter(MarkingCodec(SPEC), RawCodec(SPEC), store, Metrics(), DEVICE)

@@ -7,7 +7,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
@@ -31,6 +31,9 @@ from aquifer.server.engine.pages import BlockTable, PagePool
 from aquifer.server.engine.streams import SegmentReader
 from aquifer.server.metrics import Metrics
 from aquifer.server.models.adapter import DecoderAdapter
+
+if TYPE_CHECKING:
+    from aquifer.server.engine.recorded_restore import RecordedRestores, Recording
 
 UNTOUCHED = 7.0
 
@@ -93,6 +96,12 @@ class Stored:
 @pytest.fixture
 def stored(name: str, device: torch.device) -> Iterator[Stored]:
     return Stored(name, device)
+
+
+def recording_of(recorded: RecordedRestores, segments: ChainedSegments) -> Recording:
+    found = recorded.of(segments)
+    assert found is not None
+    return found
 
 
 def close(found: Tensor, expected: Tensor) -> None:
@@ -215,14 +224,15 @@ def test_a_recorded_restore_is_a_launched_one(
         pool.keys.fill_(UNTOUCHED), pool.values.fill_(UNTOUCHED)
         stored.segments(first, count).open([]).restore(pool, [(first, 4 + sum(COUNTS[:count]))])
         page = 1 + number % 2
-        assert recorded.restore(stored.segments(first, count), BlockTable([page]))
+        segments = stored.segments(first, count)
+        recording_of(recorded, segments).replay(segments, BlockTable([page]))
         pages = torch.stack((pool.keys, pool.values), dim=1).unflatten(3, (3, 256))
         assert (pages[:, :, :, 0, first : 4 + sum(COUNTS[:count])] != UNTOUCHED).any(dim=4).all()
         assert torch.equal(pages[:, :, :, page], pages[:, :, :, 0])
         assert (pages[:, :, :, 3 - page] == UNTOUCHED).all()
     assert recorded.device_bytes > 0
     too_many = cast(ChainedSegments, SimpleNamespace(counts=(4,) * 3))
-    assert not recorded.restore(too_many, BlockTable([]))
+    assert recorded.of(too_many) is None
 
 
 @pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow")  # in rows of missing segments
@@ -238,10 +248,11 @@ def test_sinks_are_written_beside_a_recorded_restore(
     monkeypatch.setattr(recorded_restore, "Queues", lambda *_: made.append(NoQueues()) or made[-1])
     pool = PagePool(SPEC, SPEC.bytes_per_token * 256, device, keep=False)
     recorded = recorded_restore.RecordedRestores(stored.codec, pool, stored.rope_table, 2)
-    assert recorded.restore(stored.segments(4, 2), BlockTable([0]))
+    without, whole = stored.segments(4, 2), stored.segments(0, 2)
+    recording_of(recorded, without).replay(without, BlockTable([0]))
     assert not made[0].sinks.log  # there are none
     asked = len(made[0].called)
-    assert recorded.restore(stored.segments(0, 2), BlockTable([0]))
+    recording_of(recorded, whole).replay(whole, BlockTable([0]))
     assert made[0].sinks.log == [made[0].called[asked], "work"]
     assert made[0].awaited[-1] is made[0].sinks.marked
 
@@ -276,15 +287,15 @@ def test_groups_are_recorded_for_a_few_numbers_of_segments(
         made.append(len(counts))
         if len(counts) == 48:
             raise torch.OutOfMemoryError("no room")
-        return SimpleNamespace(replay=lambda *_: None, device_bytes=len(counts))
+        return SimpleNamespace(device_bytes=len(counts))
 
-    monkeypatch.setattr(recorded_restore, "_Recording", make)
+    monkeypatch.setattr(recorded_restore, "Recording", make)
     pool = PagePool(SPEC, SPEC.bytes_per_token * 256, device, keep=False)
     codec, _ = codec_pair("higgs:3", device)
     recorded = recorded_restore.RecordedRestores(codec, pool, lambda positions: (positions,) * 2, 100)
 
     def restored(count: int) -> bool:
-        return recorded.restore(cast(ChainedSegments, SimpleNamespace(counts=(4,) * count)), BlockTable([]))
+        return recorded.of(cast(ChainedSegments, SimpleNamespace(counts=(4,) * count))) is not None
 
     assert [count for count in (1, 8, 9, 33, 40, 65, 99) if not restored(count)] == [33, 40]
     assert made == [100, 8, 16, 48, 80]
