@@ -218,6 +218,11 @@ class RamArena:
                 if entry := self._entries.get(key):
                     self._offer(entry)
 
+    def unpinned(self, keys: Sequence[SegmentKey]) -> list[SegmentKey]:
+        """Those of these keys that have no pin."""
+        with self._lock:
+            return [key for key in keys if key not in self._pins]
+
     def stats(self) -> TierStats:
         with self._lock:
             return self._counters.as_stats(

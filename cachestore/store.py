@@ -137,6 +137,10 @@ class TieredStore:
         """Undo one pin of each key; a key without pins is left alone."""
         self.ram.unpin(keys)
 
+    def unpinned(self, keys: Sequence[SegmentKey]) -> list[SegmentKey]:
+        """Those of these keys that nobody has pinned."""
+        return self.ram.unpinned(keys)
+
     def flush(self, timeout: float) -> bool:
         """Wait until what was put has reached Redis or was dropped; False after `timeout` seconds."""
         return self._write_behind is None or self._write_behind.flush(timeout)

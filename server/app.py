@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 import uvicorn
+from blake3 import blake3
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
 from aquifer.cachestore.records import RecordStore
+from aquifer.server.document_records import DocumentRecords
 from aquifer.server.documents import DocumentConflictError, Documents, UnknownDocumentError
 from aquifer.server.metrics import Metrics
 from aquifer.server.routes import documents, generate, meta, openai
@@ -45,10 +47,13 @@ def create_app(
     engine: Engine, tokenizer: Tokenizer, records: RecordStore, settings: Settings, metrics: Metrics
 ) -> FastAPI:
     """The HTTP service around an engine. It closes neither engine nor records: whoever built them does."""
-    service = Service(engine, tokenizer, Documents(engine, records, tokenizer.bos), settings, metrics)
+    owner = blake3(f"{engine.info.model_fingerprint} {tokenizer.fingerprint}".encode()).hexdigest(length=16)
+    known = Documents(engine, DocumentRecords(records, owner), tokenizer.bos)
+    service = Service(engine, tokenizer, known, settings, metrics)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.documents.start()
         yield
         await service.documents.close()
         tokenizer.close()

@@ -4,9 +4,7 @@
     ├── UnknownDocumentError    nothing (or nothing any more) has this id
     └── DocumentConflictError   the id stands for another text already
 
-A document is two small records in the record store (Redis when there is one): its token ids,
-compressed, so that evicted KV can be recomputed after a restart or by another replica, and its
-state. The KV itself lives in the tiers like any other prompt's.
+What is kept of them stands in document_records.py. The KV itself lives in the tiers like any other prompt's.
 """
 
 from __future__ import annotations
@@ -14,18 +12,14 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-import zlib
 from array import array
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-import orjson
 import structlog
-from blake3 import blake3
 
-from aquifer.cachestore.records import RecordStore
 from aquifer.server.bridge import EngineStream
+from aquifer.server.document_records import Document, DocumentRecords, digest_of, pack, unpack
 from aquifer.server.engine.types import (
     FailedEvent,
     FinishedEvent,
@@ -39,9 +33,9 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-DocumentStatus = Literal["queued", "reading", "ready", "failed"]
 ID_PATTERN = r"^[A-Za-z0-9._-]{1,128}$"
-# While a document is read its state is written this often, so that other replicas see it is alive.
+# While a document is read its state is written this often, so that other servers see it is alive; and this
+# often pins are compared with the records, which other servers change, too.
 HEARTBEAT_SECONDS = 10.0
 INTERRUPTED_AFTER_SECONDS = 60.0
 _INTERRUPTED = "interrupted while it was read; post it again"
@@ -63,37 +57,8 @@ class DocumentConflictError(Exception):
 # Ends when the document is read, with the reason if it could not be.
 Reading = asyncio.Task[FailedEvent | None]
 
-
-@dataclass(frozen=True)
-class Document:
-    """State of one document. Times are Unix seconds.
-
-    salt: the cache salt its KV is stored under, tenant included
-    digest: of its token ids, to tell whether an id is posted again with another text
-    updated: when this was written; a reading nobody writes about any more was interrupted
-    tokens, done_tokens: of the whole prompt, BOS included
-    raw_bytes, stored_bytes, bits_per_value: None until ready; what the KV takes without and with the codec
-    """
-
-    document_id: str
-    tenant: str
-    salt: str
-    digest: str
-    status: DocumentStatus
-    tokens: int
-    done_tokens: int
-    pinned: bool
-    created: float
-    updated: float
-    expires: float | None
-    error: str | None = None
-    raw_bytes: int | None = None
-    stored_bytes: int | None = None
-    bits_per_value: float | None = None
-
-    @property
-    def progress(self) -> float:
-        return 1.0 if self.status == "ready" else self.done_tokens / self.tokens
+_Place = tuple[str, str]
+"""Tenant and id."""
 
 
 @dataclass
@@ -104,20 +69,34 @@ class _Reading:
     task: Reading
 
 
+@dataclass(frozen=True)
+class _Pin:
+    """What a process holds in RAM for a document, and what it takes to let it go."""
+
+    packed: bytes
+    salt: str
+
+
 class Documents:
     """The documents of all tenants. One object per process, used on the event loop.
 
     Record store calls may wait for Redis, so they run in threads.
     """
 
-    def __init__(self, engine: Engine, records: RecordStore, bos: array[int]) -> None:
+    def __init__(self, engine: Engine, records: DocumentRecords, bos: array[int]) -> None:
         self._engine = engine
         self._records = records
         self._bos = bos
-        self._readings: dict[tuple[str, str], _Reading] = {}
-        self._expiries: dict[tuple[str, str], asyncio.TimerHandle] = {}
-        self._forgetting: set[asyncio.Task[None]] = set()
-        self._adding = asyncio.Lock()
+        self._readings: dict[_Place, _Reading] = {}
+        self._pins: dict[_Place, _Pin] = {}
+        self._expiries: dict[_Place, asyncio.TimerHandle] = {}
+        self._expiring: set[asyncio.Task[None]] = set()
+        self._watching: asyncio.Task[None] | None = None
+        self._changing = asyncio.Lock()
+
+    def start(self) -> None:
+        """Take up pins and lifetimes of documents that were read before, and watch over them."""
+        self._watching = asyncio.get_running_loop().create_task(self._watch())
 
     async def add(
         self,
@@ -132,18 +111,16 @@ class Documents:
         """Start reading a document of these tokens (without BOS); returns it as queued.
 
         Posting the same text under the same id again reads it again: what was evicted comes back,
-        lifetime and pin are set anew. While it is being read, a post that asks for the same joins that
+        lifetime and pin are set anew. While it is being read, a post with the same pin joins that
         reading. Raises DocumentConflictError when it is another text.
         """
         document_id = document_id or uuid.uuid4().hex
-        packed = _pack(token_ids)
-        digest = blake3(packed + salt.encode()).hexdigest()
-        now = time.time()
+        place, packed, now = (tenant, document_id), pack(token_ids), time.time()
         document = Document(
             document_id=document_id,
             tenant=tenant,
             salt=salt,
-            digest=digest,
+            digest=digest_of(packed, salt),
             status="queued",
             tokens=len(self._bos) + len(token_ids),
             done_tokens=0,
@@ -152,33 +129,31 @@ class Documents:
             updated=now,
             expires=None if ttl_seconds is None else now + ttl_seconds,
         )
-        async with self._adding:
-            known = await self._find(tenant, document_id)
-            if known is not None and known.digest != digest:
+        async with self._changing:
+            known = await self._find(place)
+            if known is not None and known.digest != document.digest:
                 raise DocumentConflictError(document_id)
-            reading = self._readings.get((tenant, document_id))
-            # A lifetime begins with its post, so only posts without one ask for the same.
-            wish = (pin, None) if ttl_seconds is None else None
-            if reading is not None and (reading.document.pinned, reading.document.expires) == wish:
-                return reading.document, reading.task
-            await self._stop(tenant, document_id)
-            if known is not None and known.pinned:
-                # Pins count: this one would outlive the document if the next came on top of it.
-                await asyncio.to_thread(self._engine.unpin, self._bos + token_ids, salt)
-            name = _name(tenant, "tokens", document_id)
-            await asyncio.to_thread(self._records.put, name, packed, ttl_seconds)
-            await self._save(document)
-            if ttl_seconds is not None:
-                self._expiries[tenant, document_id] = asyncio.get_running_loop().call_later(
-                    ttl_seconds, self._expire, document, packed
-                )
+            reading = self._readings.get(place)
+            if reading is not None and reading.document.pinned == pin:
+                # Its end writes the state.
+                reading.document = joined = replace(reading.document, expires=document.expires)
+                await asyncio.to_thread(self._records.save_tokens, joined, packed)
+                self._schedule(joined, packed)
+                return joined, reading.task
+            await self._stop(place)
+            await self._let_go(place)
+            await asyncio.to_thread(self._records.save_tokens, document, packed)
+            await asyncio.to_thread(self._records.save, document)
+            self._schedule(document, packed)
+            if pin:
+                await self._pin(document, packed)
             task = asyncio.create_task(self._read(document, token_ids))
-            self._readings[tenant, document_id] = _Reading(document, task)
+            self._readings[place] = _Reading(document, task)
         return document, task
 
     async def get(self, tenant: str, document_id: str) -> Document:
         """The document as it stands. Raises UnknownDocumentError."""
-        document = await self._find(tenant, document_id)
+        document = await self._find((tenant, document_id))
         if document is None:
             raise UnknownDocumentError(document_id)
         return document
@@ -186,43 +161,57 @@ class Documents:
     async def tokens(self, tenant: str, document_id: str) -> tuple[array[int], str]:
         """Token ids (without BOS) and cache salt of a document. Raises UnknownDocumentError."""
         document = await self.get(tenant, document_id)
-        blob = await asyncio.to_thread(self._records.get, _name(tenant, "tokens", document_id))
-        if blob is None:
+        packed = await asyncio.to_thread(self._records.tokens, document)
+        if packed is None:
             raise UnknownDocumentError(document_id)
-        return _unpack(blob), document.salt
+        return unpack(packed), document.salt
 
     async def list(self, tenant: str) -> list[Document]:
         """All documents of a tenant, the oldest first."""
-        names = await asyncio.to_thread(self._records.list, _name(tenant, "state", ""))
-        found = [await self._find(tenant, name.rpartition("/")[2]) for name in names]
-        return sorted((document for document in found if document), key=lambda document: document.created)
+        found = await asyncio.to_thread(self._records.all, tenant)
+        current = [await self._find((tenant, document.document_id)) for document in found]
+        return sorted((document for document in current if document), key=lambda document: document.created)
 
     async def delete(self, tenant: str, document_id: str) -> int:
-        """Forget a document, its records and its KV in every tier; returns the segments deleted.
+        """Forget a document, its records and its KV in every tier; returns the segments deleted. What another
+        document shares with it, and has pinned, stays.
 
         Raises UnknownDocumentError.
         """
-        token_ids, salt = await self.tokens(tenant, document_id)
-        await self._stop(tenant, document_id)
-        for part in ("state", "tokens"):
-            await asyncio.to_thread(self._records.delete, _name(tenant, part, document_id))
-        return await asyncio.to_thread(self._engine.forget, self._bos + token_ids, salt)
+        async with self._changing:
+            document, place = await self.get(tenant, document_id), (tenant, document_id)
+            pin = self._pins.get(place)
+            packed = pin.packed if pin else await asyncio.to_thread(self._records.tokens, document)
+            await self._stop(place)
+            await asyncio.to_thread(self._records.delete, tenant, document_id)
+            await self._let_go(place)
+            return await self._forget(packed, document.salt) if packed is not None else 0
 
     async def close(self) -> None:
         """Stop reading. What was not finished is marked failed; its id can still be asked about."""
-        for tenant, document_id in list(self._readings.keys() | self._expiries.keys()):
-            await self._stop(tenant, document_id)
-        if self._forgetting:
-            await asyncio.wait(self._forgetting)
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.wait([self._watching])
+        for place in list(self._readings.keys() | self._expiries.keys()):
+            await self._stop(place)
+        if self._expiring:
+            await asyncio.wait(self._expiring)
 
     async def _read(self, document: Document, token_ids: array[int]) -> FailedEvent | None:
         """Have the engine read and store a document; keep its state up to date."""
+        place = document.tenant, document.document_id
+        reading = self._readings[place]
+
+        def now(**changes: Any) -> Document:
+            # A post that joined may have changed its lifetime.
+            reading.document = replace(reading.document, **changes)
+            return reading.document
+
         request = GenerateRequest(
             request_id=f"document-{uuid.uuid4().hex}",
             token_ids=self._bos + token_ids,
             sampling=SamplingParams(max_new_tokens=0),
             cache_salt=document.salt,
-            pin=document.pinned,
         )
         end: FinishedEvent | FailedEvent | None = None
         try:
@@ -232,58 +221,116 @@ class Documents:
                     if isinstance(event, FinishedEvent | FailedEvent):
                         end = event
                     elif isinstance(event, ProgressEvent):
-                        document = replace(document, status="reading", done_tokens=event.done_tokens)
-                        self._readings[document.tenant, document.document_id].document = document
-                    if time.time() - document.updated > HEARTBEAT_SECONDS:
-                        document = replace(document, updated=time.time())
-                        await self._save(document)
+                        now(status="reading", done_tokens=event.done_tokens)
+                    if time.time() - reading.document.updated > HEARTBEAT_SECONDS:
+                        await asyncio.to_thread(self._records.save, now(updated=time.time()))
         finally:
-            await self._save(_ended(document, end))
-            self._readings.pop((document.tenant, document.document_id), None)
+            if _ended(reading.document, end).status != "ready":
+                await self._let_go(place)
+            saved = None
+            while saved != (ended := _ended(reading.document, end)):  # a post that joins changes its lifetime
+                await asyncio.to_thread(self._records.save, ended)
+                saved = ended
+            self._readings.pop(place, None)
         return end if isinstance(end, FailedEvent) else None
 
-    async def _find(self, tenant: str, document_id: str) -> Document | None:
-        reading = self._readings.get((tenant, document_id))
+    async def _find(self, place: _Place) -> Document | None:
+        reading = self._readings.get(place)
         if reading is not None:
             return reading.document
-        blob = await asyncio.to_thread(self._records.get, _name(tenant, "state", document_id))
-        if blob is None:
+        document = await asyncio.to_thread(self._records.find, *place)
+        if document is None:
             return None
-        document = Document(**orjson.loads(blob))
         silent_seconds = time.time() - document.updated
         if document.status in ("queued", "reading") and silent_seconds > INTERRUPTED_AFTER_SECONDS:
             return replace(document, status="failed", error=_INTERRUPTED)
         return document
 
-    async def _save(self, document: Document) -> None:
-        lifetime = None if document.expires is None else document.expires - time.time()
-        if lifetime is not None and lifetime <= 0:
-            return
-        name = _name(document.tenant, "state", document.document_id)
-        await asyncio.to_thread(self._records.put, name, orjson.dumps(asdict(document)), lifetime)
-
-    async def _stop(self, tenant: str, document_id: str) -> None:
+    async def _stop(self, place: _Place) -> None:
         """End the reading of a document and its expiry, if this process has them."""
-        expiry = self._expiries.pop((tenant, document_id), None)
+        expiry = self._expiries.pop(place, None)
         if expiry is not None:
             expiry.cancel()
-        reading = self._readings.get((tenant, document_id))
+        reading = self._readings.get(place)
         if reading is not None:
             reading.task.cancel()
             await asyncio.wait([reading.task])
-            self._readings.pop((tenant, document_id), None)
+            self._readings.pop(place, None)
+
+    async def _pin(self, document: Document, packed: bytes) -> None:
+        self._pins[document.tenant, document.document_id] = _Pin(packed, document.salt)
+        await asyncio.to_thread(self._engine.pin, self._bos + unpack(packed), document.salt)
+
+    async def _let_go(self, place: _Place) -> None:
+        """Lift this process's pin of a document, if there is one."""
+        pin = self._pins.pop(place, None)
+        if pin is not None:
+            await asyncio.to_thread(self._engine.unpin, self._bos + unpack(pin.packed), pin.salt)
+
+    async def _forget(self, packed: bytes, salt: str) -> int:
+        return await asyncio.to_thread(self._engine.forget, self._bos + unpack(packed), salt)
+
+    def _schedule(self, document: Document, packed: bytes) -> None:
+        """Let a document expire when its lifetime, as it is now, is over."""
+        place = document.tenant, document.document_id
+        if (expiry := self._expiries.pop(place, None)) is not None:
+            expiry.cancel()
+        if document.expires is not None:
+            lifetime = max(0.0, document.expires - time.time())
+            loop = asyncio.get_running_loop()
+            self._expiries[place] = loop.call_later(lifetime, self._expire, document, packed)
 
     def _expire(self, document: Document, packed: bytes) -> None:
-        task = asyncio.get_running_loop().create_task(self._forget(document, packed))
-        self._forgetting.add(task)
-        task.add_done_callback(self._forgetting.discard)
+        task = asyncio.get_running_loop().create_task(self._expired(document, packed))
+        self._expiring.add(task)
+        task.add_done_callback(self._expiring.discard)
 
-    async def _forget(self, document: Document, packed: bytes) -> None:
+    async def _expired(self, document: Document, packed: bytes) -> None:
         """What expired leaves the tiers too; its records have expired by themselves."""
-        await self._stop(document.tenant, document.document_id)
-        token_ids = self._bos + _unpack(packed)
-        deleted = await asyncio.to_thread(self._engine.forget, token_ids, document.salt)
+        place = document.tenant, document.document_id
+        async with self._changing:
+            current = await self._find(place)
+            if current is not None and current.expires != document.expires:  # posted again, maybe elsewhere
+                self._schedule(current, packed)
+                return
+            await self._stop(place)
+            await self._let_go(place)
+            deleted = await self._forget(packed, document.salt)
         log.info("document expired", document_id=document.document_id, deleted_segments=deleted)
+
+    async def _watch(self) -> None:
+        """Take up what an earlier process held, then let go of what another server deleted."""
+        taken_up = False
+        while True:
+            try:
+                async with self._changing:
+                    if not taken_up:
+                        for document in await asyncio.to_thread(self._records.all):
+                            await self._take_up(document)
+                        taken_up = True
+                    for place, pin in list(self._pins.items()):
+                        await self._check(place, pin)
+            except Exception as error:  # of Redis, say; the next round may go better
+                log.error("documents not checked", exc_info=error)
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+
+    async def _take_up(self, document: Document) -> None:
+        place = document.tenant, document.document_id
+        wanted = document.pinned or document.expires is not None
+        if not wanted or document.status != "ready" or place in self._pins or place in self._expiries:
+            return
+        packed = await asyncio.to_thread(self._records.tokens, document)
+        if packed is not None:
+            self._schedule(document, packed)
+            if document.pinned:
+                await self._pin(document, packed)
+
+    async def _check(self, place: _Place, pin: _Pin) -> None:
+        document = await self._find(place)
+        if document is None or not document.pinned:
+            await self._let_go(place)
+        if document is None:
+            await self._forget(pin.packed, pin.salt)
 
 
 def _ended(document: Document, end: FinishedEvent | FailedEvent | None) -> Document:
@@ -298,20 +345,3 @@ def _ended(document: Document, end: FinishedEvent | FailedEvent | None) -> Docum
         )
     error = end.message if isinstance(end, FailedEvent) else _INTERRUPTED
     return replace(document, status="failed", error=error)
-
-
-def _pack(token_ids: array[int]) -> bytes:
-    """Token ids as a blob: 32-bit integers, deflated (about 1.5 bytes per token of prose)."""
-    return zlib.compress(token_ids.tobytes(), 1)
-
-
-@lru_cache(maxsize=32)
-def _unpack(blob: bytes) -> array[int]:
-    """Token ids of a blob, to be read only: every question about a document asks for them, and inflating
-    131,072 takes 2 ms."""
-    return array("i", zlib.decompress(blob))
-
-
-def _name(tenant: str, part: str, document_id: str) -> str:
-    """Name of a record. The tenant is hashed: it may hold any characters."""
-    return f"documents/{blake3(tenant.encode()).hexdigest(length=16)}/{part}/{document_id}"

@@ -82,7 +82,10 @@ class Tokenizer:
         self._hf_tokenizer = hf_tokenizer
         self._backend = backend
         self._bos = array("i", [] if hf_tokenizer.bos_token_id is None else [hf_tokenizer.bos_token_id])
-        self._cuttable = _is_cuttable(backend)
+        layout = backend.to_str()
+        self.fingerprint = blake3(layout.encode()).hexdigest()
+        """Of all that says which ids a text has."""
+        self._cuttable = _is_cuttable(json.loads(layout))
         # Byte-level vocabularies spell a byte as one character, so this bounds what one token covers.
         self._longest_token_chars = max(len(token) for token in backend.get_vocab())
         self.max_prompt_tokens = max_prompt_tokens
@@ -142,7 +145,7 @@ class Tokenizer:
         if isinstance(document, str):
             document = self._document(document, salt)
         head = self._bos + document if document else self._bos
-        if truncate:
+        if truncate and truncate <= self.max_prompt_tokens:  # else it keeps more than may be sent
             # Only the end counts, and this much text holds it, whatever is before.
             inputs = inputs[-(truncate * self._longest_token_chars + TRUNCATE_MARGIN_CHARS) :]
             ids = head + self._ids(inputs, salt, limit=None)[-truncate:]
@@ -257,13 +260,12 @@ def _cut(text: str) -> Iterator[tuple[int, str]]:
         start = end
 
 
-def _is_cuttable(backend: tokenizers.Tokenizer) -> bool:
-    """Whether cutting at _CUT leaves the token ids unchanged.
+def _is_cuttable(layout: dict[str, Any]) -> bool:
+    """Whether cutting at _CUT leaves the token ids unchanged. layout: a tokenizer.json.
 
     True for byte-level BPE that splits words by itself or by a pattern. False for SentencePiece
     (Metaspace, or a normalizer that prepends a space): every piece would get a prefix of its own.
     """
-    layout = json.loads(backend.to_str())
     normalizer = layout.get("normalizer")
     if normalizer is not None and normalizer["type"] != "NFC":
         return False

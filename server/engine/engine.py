@@ -124,12 +124,15 @@ class Engine:
         return [result.result() for result in results]
 
     def forget(self, token_ids: Sequence[int], cache_salt: str) -> int:
-        """Delete a prompt's segments from every tier and lift its pins. Requests that are reading it go on,
-        and keep nothing of it. Returns the number of records."""
-        keys = self._keys(token_ids, cache_salt)
-        futures.wait(self._call(lambda: self._loop.forget(keys.segments)))
-        self.store.unpin(keys.records)
-        return self.store.delete(keys.segments)  # every prompt that begins alike needs the sinks
+        """Delete a prompt's segments from every tier, except those that are pinned. Requests that read it go
+        on, and keep nothing of it. Returns the number of records."""
+        segments = self.store.unpinned(self._keys(token_ids, cache_salt).segments)
+        futures.wait(self._call(lambda: self._loop.forget(segments)))
+        return self.store.delete(segments)  # every prompt that begins alike needs the sinks
+
+    def pin(self, token_ids: Sequence[int], cache_salt: str) -> None:
+        """Keep a prompt's records in RAM, now or when they arrive. Pins count."""
+        self.store.pin(self._keys(token_ids, cache_salt).records)
 
     def unpin(self, token_ids: Sequence[int], cache_salt: str) -> None:
         """Lift one pin of a prompt's segments; they stay until they are evicted."""

@@ -286,8 +286,6 @@ class StepLoop:
             self._stored(state)
 
     def _stored(self, state: RequestState) -> None:
-        if state.request.pin:
-            self._parts.store.pin(state.keys.records)
         self._finish(state, "length")
 
     # Answering

@@ -46,9 +46,9 @@ class Restorer:
     def restore(self, segments: Sequence[StoredSegment], table: BlockTable) -> tuple[Clock, SegmentSource]:
         """Write the KV of these segments, in ascending order, into the table's pages.
 
-        A device does so in its own time; whatever it is asked from now on finds them there. Returns a clock of
-        it, but for what is recorded once, and what must live until it is over, as leases must: it may hold
-        page-locked copies of records."""
+        A device does so in its own time; whatever it is asked from now on finds them there. Returns a clock,
+        which does not time what is recorded once, and what must live until this is over, as leases must: it
+        may hold page-locked copies of records."""
         source = self._reader.source(segments)
         chained = source.chained
         recording = None if chained is None or self._recorded is None else self._recorded.of(chained)

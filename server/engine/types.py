@@ -50,7 +50,6 @@ class GenerateRequest:
     score_ids: when given, nothing is sampled: the event that ends the request carries the log
         probability of each of these tokens after the prompt (teacher forcing).
     store: whether the finished segments of this prompt are written to the tiers.
-    pin: keep this prompt's segments in RAM until they are forgotten.
     """
 
     request_id: str
@@ -61,7 +60,6 @@ class GenerateRequest:
     budget: float | None = None
     score_ids: tuple[int, ...] = ()
     store: bool = True
-    pin: bool = False
 
     @property
     def prompt_only(self) -> bool:

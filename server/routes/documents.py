@@ -9,7 +9,8 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Response
 
-from aquifer.server.documents import ID_PATTERN, Document
+from aquifer.server.document_records import Document
+from aquifer.server.documents import ID_PATTERN
 from aquifer.server.routes.body import BodyRoute
 from aquifer.server.routes.errors import ApiError, failure, problems
 from aquifer.server.routes.schemas import DocumentBody, DocumentDeleted, DocumentList, DocumentOut
@@ -44,8 +45,9 @@ async def read_document(
     )
     await asyncio.wait([reading], timeout=None if body.wait else _REFUSAL_WAIT_SECONDS)
     if reading.done():
-        refusal = None if reading.cancelled() else reading.result()
-        if refusal is not None:
+        if reading.cancelled():
+            raise ApiError(409, f"another post or a delete of {document.document_id!r} ended this reading")
+        if (refusal := reading.result()) is not None:
             raise failure(refusal)
     if not body.wait:
         response.status_code = 202

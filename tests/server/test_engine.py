@@ -163,9 +163,22 @@ def test_prompt_only_request_stores_and_the_next_question_finds_it(make_engine: 
 def test_forgotten_documents_are_gone_everywhere(make_engine: MakeEngine) -> None:
     engine = make_engine(tiny_model("llama"))
     ids = prompt(12, 1000)
-    engine.generate([ask(ids, 0, pin=True)])
+    engine.generate([ask(ids, 0)])
     assert engine.forget(ids, "") == 3
     assert answer(engine, ask(ids))[1].cached.total == 0
+
+
+def test_what_another_document_has_pinned_is_not_forgotten_with_this_one(make_engine: MakeEngine) -> None:
+    engine = make_engine(tiny_model("llama"), keep=False)
+    whole = prompt(12, 1300)
+    engine.pin(whole, "")
+    for ids in (whole, whole[:600] + prompt(13, 700)):
+        engine.generate([ask(ids, 0)])
+    assert engine.forget(whole[:600] + prompt(13, 700), "") == 3  # of five, behind the two that both have
+    assert answer(engine, ask(whole))[1].cached.ram == 1280
+    engine.unpin(whole, "")
+    assert engine.forget(whole, "") == 5
+    assert answer(engine, ask(whole))[1].cached.total == 0
 
 
 @pytest.mark.parametrize("mode", ["resident", "streamed", "selective"])

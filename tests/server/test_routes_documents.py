@@ -6,11 +6,15 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
+import httpx
 import pytest
 from fake_engine import FakeEngine
 from http_service import RunningService, running_service
+from redis import Redis
 from tiny_tokenizer import tiny_tokenizer
 
 from aquifer.server import documents
@@ -48,7 +52,8 @@ def test_waiting_returns_the_ready_document_and_its_cost(service: RunningService
     assert (document["pinned"], document["expires"], document["error"]) == (True, None, None)
     request = engine.requests[0]
     assert request.token_ids == (0, *ids("Crate 12 left."))
-    assert request.sampling.max_new_tokens == 0 and request.pin and request.store
+    assert request.sampling.max_new_tokens == 0 and request.store
+    assert engine.pinned == [(request.token_ids, "")]
 
 
 def test_not_waiting_returns_202_and_a_status_to_poll(
@@ -152,6 +157,49 @@ def test_an_expired_document_is_gone_and_leaves_the_tiers(
     assert service.post("/generate", inputs="a", document_id="d").status_code == 404
 
 
+def test_posts_of_what_is_being_read_join_it_and_set_its_lifetime(
+    service: RunningService, engine: FakeEngine, wait_until: WaitUntil
+) -> None:
+    engine.hold_reading.set()
+
+    def post(ttl_seconds: float) -> httpx.Response:
+        return service.post(
+            "/documents", document="text", document_id="d", ttl_seconds=ttl_seconds, wait=True
+        )
+
+    with ThreadPoolExecutor() as clients:
+        first = clients.submit(post, 0.3)
+        wait_until(lambda: bool(engine.requests))
+        others = [clients.submit(post, 60.0) for _ in range(3)]
+        wait_until(lambda: service.http.get("/documents/d").json()["expires"] > time.time() + 30)
+        engine.hold_reading.clear()
+        answers = [future.result() for future in (first, *others)]
+    assert [answer.json()["status"] for answer in answers] == ["ready"] * 4
+    assert len(engine.requests) == 1 and engine.cancelled == []
+    time.sleep(0.5)
+    assert service.http.get("/documents/d").json()["expires"] > time.time() + 30
+
+
+def test_who_waits_for_a_reading_that_another_post_replaced_is_told(
+    service: RunningService, engine: FakeEngine, wait_until: WaitUntil
+) -> None:
+    engine.hold_reading.set()
+    with ThreadPoolExecutor() as clients:
+        waiting = clients.submit(service.post, "/documents", document="text", document_id="d", wait=True)
+        wait_until(lambda: bool(engine.requests))
+        service.post("/documents", document="text", document_id="d", pin=True)
+        assert waiting.result().status_code == 409
+        engine.hold_reading.clear()
+    wait_until(lambda: status(service, "d") == "ready")
+    assert len(engine.pinned) == 1 and engine.unpinned == []
+
+
+def test_a_pinned_document_that_cannot_be_read_is_let_go(service: RunningService, engine: FakeEngine) -> None:
+    engine.refuse_with = FailedEvent("overloaded", "256 requests are waiting already")
+    assert service.post("/documents", document="text", document_id="d", pin=True).status_code == 429
+    assert engine.unpinned == engine.pinned == [((0, *ids("text")), "")]
+
+
 def test_posting_again_sets_the_lifetime_anew(service: RunningService, engine: FakeEngine) -> None:
     service.post("/documents", document="text", document_id="d", ttl_seconds=0.3, wait=True)
     service.post("/documents", document="text", document_id="d", wait=True)
@@ -190,6 +238,92 @@ def test_another_server_on_the_same_redis_answers_by_id(redis_server: Any) -> No
         assert service.post("/generate", inputs="", document_id="c").status_code == 422
         answer = service.post("/generate", inputs="Why?", document_id="c").json()
     assert answer["generated_text"] == "Crate 12 left.Why?"
+
+
+def test_servers_of_other_models_on_the_same_redis_have_documents_of_their_own(redis_server: Any) -> None:
+    mine, other = (FakeEngine(tiny_tokenizer().decode) for _ in range(2))
+    other.info = replace(other.info, model_fingerprint="another")
+    with (
+        running_service(mine, redis_url=redis_server.url) as service,
+        running_service(other, redis_url=redis_server.url) as stranger,
+    ):
+        service.post("/documents", document="one", document_id="d", wait=True)
+        assert stranger.post("/generate", inputs="Why?", document_id="d").status_code == 404
+        assert stranger.http.get("/documents").json() == {"documents": []}
+        assert stranger.post("/documents", document="two", document_id="d", wait=True).status_code == 200
+        assert stranger.http.delete("/documents/d").status_code == 200
+        assert service.post("/generate", inputs="Why?", document_id="d").json()["generated_text"] == "oneWhy?"
+
+
+def records_of(redis_server: Any, part: str) -> list[bytes]:
+    with Redis.from_url(redis_server.url) as client:
+        return sorted(client.keys(f"*/{part}/*"))
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b"{}", b'{"tokens": 1}', b"\xff"])
+def test_a_damaged_state_is_no_document_and_can_be_posted_anew(
+    damage: bytes, engine: FakeEngine, redis_server: Any
+) -> None:
+    with running_service(engine, redis_url=redis_server.url) as service:
+        for name in ("a", "b"):
+            service.post("/documents", document=f"text {name}", document_id=name, wait=True)
+        with Redis.from_url(redis_server.url) as client:
+            client.set(records_of(redis_server, "state")[0], damage)
+        assert service.post("/generate", inputs="Why?", document_id="a").status_code == 404
+        assert service.http.get("/documents/a").status_code == 404
+        assert [item["document_id"] for item in service.http.get("/documents").json()["documents"]] == ["b"]
+        assert service.post("/documents", document="text a", document_id="a", wait=True).status_code == 200
+        assert service.post("/generate", inputs="Why?", document_id="a").status_code == 200
+
+
+@pytest.mark.parametrize("part", ["state", "tokens"])
+@pytest.mark.parametrize("swapped", [True, False])
+def test_records_of_another_document_are_not_believed(
+    part: str, swapped: bool, engine: FakeEngine, redis_server: Any
+) -> None:
+    with running_service(engine, redis_url=redis_server.url) as service:
+        for name in ("a", "b"):
+            service.post("/documents", document=f"text {name}", document_id=name, wait=True)
+        own, other = records_of(redis_server, part)
+        with Redis.from_url(redis_server.url) as client:
+            client.set(own, client.get(other) if swapped else client.get(other)[:-3])
+        assert service.post("/generate", inputs="Why?", document_id="a").status_code == 404
+        answer = service.post("/generate", inputs="Why?", document_id="b").json()
+        assert answer["generated_text"] == "text bWhy?"
+        service.http.delete("/documents/a")
+        assert service.post("/documents", document="text a", document_id="a", wait=True).status_code == 200
+
+
+def test_a_delete_on_another_server_lifts_the_pin_here(
+    engine: FakeEngine, redis_server: Any, wait_until: WaitUntil, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "HEARTBEAT_SECONDS", 0.02)
+    other = FakeEngine(tiny_tokenizer().decode)
+    with (
+        running_service(engine, redis_url=redis_server.url) as service,
+        running_service(other, redis_url=redis_server.url) as stranger,
+    ):
+        service.post("/documents", document="text", document_id="d", pin=True, wait=True)
+        time.sleep(0.1)
+        assert engine.unpinned == []
+        assert stranger.http.delete("/documents/d").status_code == 200
+        wait_until(lambda: engine.forgotten == engine.pinned)
+        assert engine.unpinned == engine.pinned and other.unpinned == []
+
+
+def test_pins_and_lifetimes_outlive_a_restart(
+    engine: FakeEngine, redis_server: Any, wait_until: WaitUntil
+) -> None:
+    with running_service(engine, redis_url=redis_server.url) as service:
+        service.post("/documents", document="one", document_id="pinned", pin=True, wait=True)
+        service.post("/documents", document="two", document_id="short", ttl_seconds=4.0, wait=True)
+        service.post("/documents", document="three", document_id="plain", wait=True)
+    again = FakeEngine(tiny_tokenizer().decode)
+    with running_service(again, redis_url=redis_server.url) as service:
+        wait_until(lambda: again.pinned == [((0, *ids("one")), "")])
+        wait_until(lambda: again.forgotten == [((0, *ids("two")), "")])
+        service.http.delete("/documents/pinned")
+        assert again.unpinned == again.pinned
 
 
 def test_documents_work_on_while_redis_is_down(engine: FakeEngine, redis_server: Any) -> None:

@@ -66,7 +66,7 @@ class FakeEngine:
     fail_after:    fail each request after so many tokens
     go_on:         clear it to keep every request waiting before its next token
     hold_reading:  set it to keep every prompt half read
-    requests, cancelled, forgotten, unpinned: what was asked of the engine
+    requests, cancelled, forgotten, pinned, unpinned: what was asked of the engine
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], **limits: int) -> None:
@@ -95,6 +95,7 @@ class FakeEngine:
         self.requests: list[GenerateRequest] = []
         self.cancelled: list[str] = []
         self.forgotten: list[tuple[tuple[int, ...], str]] = []
+        self.pinned: list[tuple[tuple[int, ...], str]] = []
         self.unpinned: list[tuple[tuple[int, ...], str]] = []
         self._running: set[str] = set()
 
@@ -112,6 +113,9 @@ class FakeEngine:
     def forget(self, token_ids: Sequence[int], cache_salt: str) -> int:
         self.forgotten.append((tuple(token_ids), cache_salt))
         return len(token_ids) // self.info.segment_tokens
+
+    def pin(self, token_ids: Sequence[int], cache_salt: str) -> None:
+        self.pinned.append((tuple(token_ids), cache_salt))
 
     def unpin(self, token_ids: Sequence[int], cache_salt: str) -> None:
         self.unpinned.append((tuple(token_ids), cache_salt))
