@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from pydantic import AliasChoices, Field, field_validator
 from pydantic_settings import (
     BaseSettings,
@@ -111,7 +112,7 @@ class Settings(BaseSettings):
     redis_url: str | None = Field(
         None,
         validation_alias=AliasChoices("AQUIFER_REDIS_URL", "REDIS_URL", "redis_url"),
-        description="redis://, rediss:// or unix://; empty: no Redis tier",
+        description="redis://, rediss:// or unix://, also from REDIS_URL; empty: no Redis tier",
     )
     redis_ttl_seconds: float = Field(7 * 86400, gt=0, description="a segment unused this long expires")
     redis_timeout_seconds: float = Field(2.0, gt=0, description="socket timeout; a slower answer is a miss")
@@ -175,10 +176,19 @@ def load_settings(**flags: Any) -> Settings:
     silently without effect; that is refused here.
     """
     known = {f"AQUIFER_{name.upper()}" for name in Settings.model_fields} | {"AQUIFER_CONFIG"}
-    unknown = sorted(name for name in os.environ if name.startswith("AQUIFER_") and name not in known)
+    # As pydantic-settings does, in capitals or not.
+    unknown = sorted(
+        name for name in os.environ if name.upper().startswith("AQUIFER_") and name.upper() not in known
+    )
     if unknown:
         raise ValueError(f"unknown setting {', '.join(unknown)}; `aquifer config` lists the known ones")
     file = os.environ.get("AQUIFER_CONFIG")
     if file and not Path(file).is_file():  # pydantic-settings would go on without it
         raise ValueError(f"AQUIFER_CONFIG names {file}, which is no file")
-    return Settings(**{name: value for name, value in flags.items() if value is not None})
+    given = {name: value for name, value in flags.items() if value is not None}
+    if os.environ.get("AQUIFER_REDIS_URL") == "":  # or REDIS_URL, which other programs use, would count
+        given.setdefault("redis_url", "")
+    try:
+        return Settings(**given)
+    except yaml.YAMLError as error:
+        raise ValueError(f"AQUIFER_CONFIG names {file}, which is no YAML: {error}") from error

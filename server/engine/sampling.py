@@ -66,7 +66,7 @@ class Sampler:
         scores = logits if self._seen is None else self._penalized(logits, self._seen.union(drafted))
         if params.temperature == 0.0:
             return torch.zeros_like(scores).index_fill_(0, scores.argmax(), 1.0)
-        return filtered_probabilities(scores / params.temperature, params.top_k, params.top_p)
+        return filtered_probabilities(_cooled(scores, params.temperature), params.top_k, params.top_p)
 
     def draw(self, probabilities: Tensor) -> int:
         """A token by its probability [vocab]."""
@@ -122,6 +122,15 @@ class Sampler:
         return scores
 
 
+def _cooled(scores: Tensor, temperature: float | Tensor) -> Tensor:
+    """Scores [..., vocab] over a temperature, however small, up to what all of them have more."""
+    smallest = torch.finfo(torch.float32).tiny
+    above = scores - scores.amax(dim=-1, keepdim=True)
+    return above / (
+        temperature.clamp(min=smallest) if isinstance(temperature, Tensor) else max(temperature, smallest)
+    )
+
+
 def filtered_probabilities(scores: Tensor, top_k: int, top_p: float) -> Tensor:
     """Softmax over the tokens that top-k and then top-p leave.
 
@@ -174,7 +183,7 @@ def _picked(logits: Tensor, picks: Sequence[Pick]) -> list[Choice]:
         if pick.temperature:
             row[2] = pick.uniform()
     temperature, top_p, uniform = torch.tensor(numbers, dtype=torch.float64).to(logits.device).T[..., None]
-    scores = logits / temperature.float()
+    scores = _cooled(logits, temperature.float())
     kept = [pick.top_k if 0 < pick.top_k < vocabulary else 0 for pick in picks]
     if any(kept):
         best = scores.topk(max(kept)).values

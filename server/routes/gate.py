@@ -99,7 +99,7 @@ class Gate:
 
 
 def _same(known: str, given: str) -> bool:
-    return hmac.compare_digest(known.encode(), given.encode())
+    return hmac.compare_digest(known.encode(), given.encode("latin-1"))  # the bytes that came
 
 
 def _unauthorized() -> ApiError:

@@ -201,6 +201,7 @@ def _generate_body(
                 "document": document,
                 "document_id": document_id,
                 "parameters": parameters,
+                "kv": body.kv,
                 "cache_salt": body.cache_salt,
             }
         )

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from aquifer.server.routes.schemas import DocumentId, Salt, Text
+from aquifer.server.routes.schemas import DocumentId, KVOptions, Salt, Text
 
 # With the values that ask for nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -31,7 +31,7 @@ class StreamOptions(BaseModel):
 
 
 class _Request(BaseModel):
-    """What both kinds of completion take. `document`, `document_id`, `cache_salt` are this server's."""
+    """What both kinds of completion take. `document`, `document_id`, `kv`, `cache_salt` are this server's."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
@@ -39,12 +39,13 @@ class _Request(BaseModel):
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False, description="default: 1")
     top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
     top_k: int | None = Field(default=None, ge=0, le=1 << 20)
-    repetition_penalty: float | None = Field(default=None, gt=0, le=100, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=100, allow_inf_nan=False)
     seed: int | None = Field(default=None, ge=0, lt=1 << 63)
     stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     document: Text | None = Field(default=None, description="text before the prompt, cached by itself")
+    kv: KVOptions | None = None
     cache_salt: Salt | None = None
 
     @model_validator(mode="before")
@@ -97,6 +98,15 @@ class ChatBody(_Request):
     messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(default=None, ge=1, le=1 << 20)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=1 << 20)
+    document_id: None = Field(default=None, description="not supported: a template stands before the text")
+
+    @field_validator("document_id", mode="before")
+    @classmethod
+    def _no_document_id(cls, value: Any) -> None:
+        if value is not None:
+            raise ValueError(
+                "a chat cannot stand on a document that was read without it; send its text as document"
+            )
 
     @field_validator("messages")
     @classmethod

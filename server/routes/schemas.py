@@ -49,7 +49,7 @@ class Parameters(_Body):
     temperature: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
     top_k: int | None = Field(default=None, ge=0, le=1 << 20, description="0 or null: every token")
     top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
-    repetition_penalty: float | None = Field(default=None, gt=0, le=100, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=100, allow_inf_nan=False)
     seed: int | None = Field(
         default=None, ge=0, lt=1 << 63, description="drawn and reported when sampling without"
     )

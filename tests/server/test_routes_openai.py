@@ -81,6 +81,25 @@ def test_completion_takes_documents_as_generate_does(service: RunningService, en
     assert engine.requests[0].cache_salt == "\0s"
 
 
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_kv_options_are_those_of_generate(path: str, service: RunningService, engine: FakeEngine) -> None:
+    asked = (
+        {"prompt": "Why?"} if path == "completions" else {"messages": [{"role": "user", "content": "Why?"}]}
+    )
+    kv = {"mode": "selective", "budget": 0.1}
+    assert service.post(f"/v1/{path}", **asked, kv=kv).status_code == 200
+    assert (engine.requests[0].mode, engine.requests[0].budget) == ("selective", 0.1)
+    assert service.post(f"/v1/{path}", **asked, kv={"mode": "bogus"}).status_code == 400
+
+
+def test_chat_refuses_the_id_of_a_document(service: RunningService) -> None:
+    messages = [{"role": "user", "content": "Why?"}]
+    response = service.post("/v1/chat/completions", messages=messages, document_id="d")
+    assert response.status_code == 400
+    assert "send its text as document" in response.json()["error"]["message"]
+    assert service.post("/v1/chat/completions", messages=messages, document_id=None).status_code == 200
+
+
 def test_chat_goes_through_the_template_with_one_bos(service: RunningService, engine: FakeEngine) -> None:
     messages = [
         {"role": "system", "content": "Be brief."},

@@ -48,6 +48,15 @@ def test_penalty_pushes_negative_scores_further_down() -> None:
     assert sampler.choose(torch.tensor([-1.0, -1.5])).token_id == 1
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-50, 5e-324])
+def test_the_smallest_temperatures_take_the_best(temperature: float) -> None:
+    sampler = Sampler(SamplingParams(temperature=temperature, seed=1), ())
+    assert [sampler.choose(100 * LOGITS).token_id for _ in range(8)] == [0] * 8
+    assert sampler.pick is not None
+    (choice,) = settle([100 * LOGITS[None]], [sampler.pick])
+    assert isinstance(choice, Choice) and choice.token_id == 0
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.5])
 def test_same_seed_same_tokens_other_seed_other_tokens(temperature: float) -> None:
     def draw(seed: int) -> list[int]:

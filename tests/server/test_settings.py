@@ -23,9 +23,10 @@ def test_flags_beat_environment_beats_file_beats_default(
     assert settings.host == "127.0.0.1"
 
 
-def test_a_typo_in_the_environment_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AQUIFER_RAM_BYTE", "1")
-    with pytest.raises(ValueError, match="unknown setting AQUIFER_RAM_BYTE"):
+@pytest.mark.parametrize("name", ["AQUIFER_RAM_BYTE", "aquifer_ram_byte"])
+def test_a_typo_in_the_environment_stops_the_start(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(ValueError, match=f"unknown setting {name}"):
         load_settings()
 
 
@@ -34,6 +35,14 @@ def test_a_typo_in_the_file_stops_the_start(tmp_path: Path, monkeypatch: pytest.
     file.write_text("prot: 1\n")
     monkeypatch.setenv("AQUIFER_CONFIG", str(file))
     with pytest.raises(ValidationError, match="prot"):
+        load_settings()
+
+
+def test_a_file_that_is_no_yaml_stops_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "aquifer.yaml"
+    file.write_text("port: [1\n")
+    monkeypatch.setenv("AQUIFER_CONFIG", str(file))
+    with pytest.raises(ValueError, match=r"aquifer\.yaml, which is no YAML"):
         load_settings()
 
 
@@ -65,6 +74,12 @@ def test_a_bad_value_stops_the_start_and_is_named(name: str, value: str) -> None
 def test_redis_is_found_under_both_names(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, "redis://cache:6379")
     assert load_settings().redis_url == "redis://cache:6379"
+
+
+def test_an_empty_redis_url_means_none_whatever_other_programs_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REDIS_URL", "redis://cache:6379")
+    monkeypatch.setenv("AQUIFER_REDIS_URL", "")
+    assert load_settings().redis_url == ""
 
 
 def test_api_keys_are_a_json_object(monkeypatch: pytest.MonkeyPatch) -> None:

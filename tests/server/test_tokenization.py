@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import resource
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -75,6 +76,22 @@ def test_truncate_keeps_the_last_tokens_of_inputs_only() -> None:
 def test_truncate_reads_only_the_end_of_a_huge_text() -> None:
     prompt = prompt_of(make(1000), "sender receiver weight " * 1_000_000, truncate=7)
     assert prompt == (0, *reference("sender receiver weight " * 40)[-7:])
+
+
+def test_truncate_beyond_the_limit_reads_no_further_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = Tokenizer(tiny_tokenizer(), 100)
+    encoded: list[int] = []
+    encode = Tokenizer._encode
+
+    def counting(self: Tokenizer, text: str) -> Iterator[tuple[int, Any]]:
+        encoded.append(len(text))
+        return encode(self, text)
+
+    monkeypatch.setattr(Tokenizer, "_encode", counting)
+    with pytest.raises(TooLongError):
+        asyncio.run(tokenizer.prompt("word " * 1_000_000, truncate=1 << 30))
+    assert encoded == []
+    assert len(asyncio.run(tokenizer.prompt("word " * 10, truncate=1 << 30))) < 100
 
 
 def test_a_prompt_of_exactly_the_limit_is_taken_and_one_more_token_is_not() -> None:
