@@ -138,6 +138,12 @@ class RamArena:
             entries = [self._entries.get(key) for key in keys]
             return None if None in entries else [lease for lease in self._get(entries) if lease]
 
+    def peek(self, keys: Sequence[SegmentKey]) -> list[Lease | None]:
+        """Lease what is here, as `get` does, without counting as a use."""
+        with self._lock:
+            entries = [self._entries.get(key) for key in keys]
+            return [self._lease(entry, self.name) if entry else None for entry in entries]
+
     def put(self, key: SegmentKey, record: Buffer) -> bool:
         """Copy a record into a slot. False when every slot is leased or pinned.
 

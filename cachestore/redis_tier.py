@@ -139,6 +139,14 @@ class RedisTier:
         replies = self.link.execute([("EXISTS", key.redis_name) for key in keys]) if keys else []
         return [False] * len(keys) if replies is None else [reply == 1 for reply in replies]
 
+    def renew(self, keys: Sequence[SegmentKey]) -> list[bool] | None:
+        """Begin the lifetime of records anew, as a hit does. Returns which are here; None: Redis is down."""
+        if not self._expiry:
+            return self.contains(keys) if self.up else None
+        names = [name for key in keys for name in self._part_names(key.redis_name)]
+        replies = self.link.execute([("PEXPIRE", name, self._expiry[1]) for name in names])
+        return None if replies is None else [reply == 1 for reply in replies[:: self._num_parts]]
+
     def delete(self, keys: Sequence[SegmentKey]) -> int:
         names = [name for key in keys for name in self._part_names(key.redis_name)]
         replies = self.link.execute([("UNLINK", name) for name in names]) if names else []

@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -24,6 +27,9 @@ from aquifer.cachestore.write_behind import WriteBehind
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+_RENEWED_PROMPTS = 10_000
+"""Of which it is known when their records in Redis were renewed."""
+
 
 class TieredStore:
     """Records by key, in the fastest tier that has them. Thread-safe.
@@ -34,6 +40,7 @@ class TieredStore:
     write_behind_bytes: records on their way to Redis; more are not written there, and counted.
                         Never more than half the arena, because queued records hold their slots
     close_seconds:      how long `close` may wait for them
+    renew_seconds:      how often Redis hears that a prompt's records are in use
     """
 
     def __init__(
@@ -45,6 +52,7 @@ class TieredStore:
         write_behind_bytes: int = 256 << 20,
         write_behind_threads: int = 1,
         close_seconds: float = 10.0,
+        renew_seconds: float = 600.0,
     ) -> None:
         self.ram = ram
         self.redis = redis
@@ -53,6 +61,10 @@ class TieredStore:
         self._lock = threading.Lock()
         self._promotions: set[_Promotion] = set()
         """Under way."""
+        self._renew_seconds = renew_seconds
+        self._renewed: OrderedDict[SegmentKey, float] = OrderedDict()
+        """When, by a prompt's last record."""
+        self._renewing = ThreadPoolExecutor(1, thread_name_prefix="redis-renew")
         self._write_behind: WriteBehind | None = None
         if redis is not None:
             self._write_behind = WriteBehind(
@@ -115,6 +127,24 @@ class TieredStore:
             return lease, is_new or queued
         return lease, is_new
 
+    def used(self, keys: Sequence[SegmentKey], *, at_once: bool = False) -> None:
+        """Say that a prompt's records were used, wherever they were: in Redis their lifetime begins anew, and
+        what it lost is written again, if RAM has it. Returns at once.
+
+        at_once: whether or not that was done lately.
+        """
+        if self.redis is None or not keys:
+            return
+        now = time.monotonic()
+        with self._lock:
+            if now - self._renewed.get(keys[-1], -self._renew_seconds) < self._renew_seconds and not at_once:
+                return
+            self._renewed[keys[-1]] = now
+            self._renewed.move_to_end(keys[-1])
+            if len(self._renewed) > _RENEWED_PROMPTS:
+                self._renewed.popitem(last=False)
+        self._renewing.submit(self._renew, self.redis, list(keys))
+
     def delete(self, keys: Sequence[SegmentKey]) -> int:
         """Forget records in every tier; return how many there were."""
         known = sum(tier is not None for tier in self.contains(keys))
@@ -155,11 +185,28 @@ class TieredStore:
 
     def close(self) -> None:
         """Drain the writes for a bounded time, then close every tier."""
+        self._renewing.shutdown(cancel_futures=True)
         if self._write_behind is not None:
             self._write_behind.close(self._close_seconds)
         if self.redis is not None:
             self.redis.close()
         self.ram.close()
+
+    def _renew(self, redis: RedisTier, keys: Sequence[SegmentKey]) -> None:
+        here = redis.renew(keys)
+        if here is None:  # down: next time
+            with self._lock:
+                self._renewed.pop(keys[-1], None)
+            return
+        lost = [key for key, found in zip(keys, here, strict=True) if not found]
+        for key, lease in zip(lost, self.ram.peek(lost), strict=True):
+            if lease is not None and self._write_behind is not None:
+                self._write_behind.offer(key, lease)
+        # What was deleted meanwhile must not come back by this.
+        gone = [key for key, found in zip(lost, self.ram.contains(lost), strict=True) if not found]
+        if gone and self._write_behind is not None:
+            self._write_behind.cancel(gone)
+            redis.delete(gone)
 
     @contextmanager
     def _under_way(self, promotion: _Promotion) -> Iterator[None]:

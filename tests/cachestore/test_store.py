@@ -217,6 +217,83 @@ def test_a_write_that_fails_unexpectedly_is_dropped_and_the_next_one_is_written(
     assert make_store(redis_server.url).contains(KEYS[:2]) == [None, "redis"]
 
 
+def lifetimes(redis_server: Any) -> list[int]:
+    """Of all keys in Redis, in milliseconds."""
+    with Redis.from_url(redis_server.url) as client:
+        return [client.pttl(name) for name in client.scan_iter()]
+
+
+def test_what_is_used_in_ram_lives_on_in_redis(redis_server: Any, make_store: Any, wait_until: Any) -> None:
+    store = make_store(redis_server.url)
+    for key in KEYS[:4]:
+        store.put(key, sealed(os.urandom(10_000)))
+    assert store.flush(10)
+    with Redis.from_url(redis_server.url) as client:
+        for name in client.scan_iter():
+            client.pexpire(name, 60_000)
+    store.used(KEYS[:3])
+    wait_until(lambda: sum(left > 60_000 for left in lifetimes(redis_server)) == 3)
+    with Redis.from_url(redis_server.url) as client:
+        for name in client.scan_iter():
+            client.pexpire(name, 60_000)
+    store.used(KEYS[:3])  # lately
+    store.used(KEYS[3:4])
+    wait_until(lambda: sum(left > 60_000 for left in lifetimes(redis_server)) == 1)
+    store.used(KEYS[:3], at_once=True)
+    wait_until(lambda: sum(left > 60_000 for left in lifetimes(redis_server)) == 4)
+    assert store.stats()[0].hits == 0 and store.ram.open_leases == 0
+
+
+def test_what_redis_lost_is_written_again_when_it_is_used(
+    redis_server: Any, make_store: Any, wait_until: Any
+) -> None:
+    store = make_store(redis_server.url)
+    for key in KEYS[:4]:
+        store.put(key, sealed(b"record"))
+    assert store.flush(10)
+    with Redis.from_url(redis_server.url) as client:
+        client.flushall()
+    store.ram.delete(KEYS[3:4])
+    store.used(KEYS[:4])
+    wait_until(lambda: store.redis.contains(KEYS[:4]) == [True, True, True, False])
+    assert store.flush(10) and store.ram.open_leases == 0
+
+
+def test_what_is_used_while_redis_is_down_is_renewed_the_next_time(
+    redis_server: Any, make_store: Any, wait_until: Any
+) -> None:
+    store = make_store(redis_server.url)
+    redis_server.stop()
+    store.put(KEYS[0], sealed(b"record"))
+    assert store.flush(10)
+    store.used(KEYS[:1])
+    wait_until(lambda: not store._renewed)
+    redis_server.start()
+    wait_until(lambda: store.stats()[1].up)
+    store.used(KEYS[:1])
+    wait_until(lambda: store.redis.contains(KEYS[:1]) == [True])
+
+
+def test_what_is_deleted_while_it_is_written_again_stays_deleted(
+    redis_server: Any, make_store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(redis_server.url)
+    store.put(KEYS[0], sealed(b"record"))
+    assert store.flush(10)
+    with Redis.from_url(redis_server.url) as client:
+        client.flushall()
+    peek = store.ram.peek
+
+    def delete_meanwhile(keys: Any) -> Any:
+        leases = peek(keys)
+        store.delete(keys)
+        return leases
+
+    monkeypatch.setattr(store.ram, "peek", delete_meanwhile)
+    store._renew(store.redis, KEYS[:1])
+    assert store.flush(10) and store.contains(KEYS[:1]) == [None]
+
+
 def test_an_outage_drops_writes_and_serves_from_ram(
     redis_server: Any, make_store: Any, wait_until: Any
 ) -> None:

@@ -68,6 +68,13 @@ def test_a_good_key_opens(locked: RunningService, key: str) -> None:
     assert locked.http.get("/info", headers={"Authorization": f"bearer {key}"}).status_code == 200
 
 
+@pytest.mark.parametrize("key", ["schl\u00fcssel", "\u9375"])
+def test_a_key_of_any_characters_opens_as_utf8(key: str, engine: FakeEngine) -> None:
+    with running_service(engine, api_keys={key: "ann"}) as service:
+        headers = {"Authorization": f"Bearer {key}".encode()}
+        assert service.http.get("/info", headers=headers).status_code == 200
+
+
 @pytest.mark.parametrize("path", ["/health", "/ready", "/metrics"])
 def test_probes_and_scrapes_need_no_key(locked: RunningService, path: str) -> None:
     assert locked.http.get(path).status_code == 200
