@@ -72,7 +72,8 @@ async def get_document(document_id: DocumentIdPath, service: ServiceDep, caller:
 async def delete_document(
     document_id: DocumentIdPath, service: ServiceDep, caller: CallerDep
 ) -> DocumentDeleted:
-    """Forget a document and its KV in every tier."""
+    """Forget a document and its KV in every tier. What another document shares with it, and has pinned,
+    stays; and what questions stored behind its last full segment stays until it is evicted or expires."""
     deleted = await service.documents.delete(caller.tenant, document_id)
     return DocumentDeleted(document_id=document_id, deleted_segments=deleted)
 

@@ -127,7 +127,7 @@ class DocumentBody(_Body):
     document: Text | None = None
     token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
     document_id: DocumentId | None = Field(default=None, description="generated when absent")
-    pin: bool = Field(default=False, description="keep it in RAM until it is deleted or expires")
+    pin: bool = Field(default=False, description="keep it in RAM here until it is deleted or expires")
     ttl_seconds: float | None = Field(default=None, gt=0, le=10 * 365 * 86400, allow_inf_nan=False)
     wait: bool = Field(default=False, description="answer when the document is read")
     cache_salt: Salt | None = None
