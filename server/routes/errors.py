@@ -127,7 +127,7 @@ async def _validation_error(request: Request, error: Exception) -> JSONResponse:
 
 def invalid(errors: Sequence[Mapping[str, Any]], request: Request) -> ApiError:
     """pydantic's findings as one refusal."""
-    if request.method == "POST" and "json" not in request.headers.get("content-type", "application/json"):
+    if request.method == "POST" and "json" not in request.headers.get("content-type", ""):
         return ApiError(422, "the body must be JSON: send it with Content-Type: application/json")
     return ApiError(422, "; ".join(_sentence(item) for item in errors), param=_place(errors[0]))
 

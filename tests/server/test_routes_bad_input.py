@@ -177,9 +177,11 @@ def test_messages_do_not_echo_what_was_sent_at_length(service: RunningService) -
     assert len(message) < 500
 
 
-def test_a_form_is_refused_with_a_word_about_json(service: RunningService) -> None:
-    response = service.http.post("/generate", data={"inputs": "a"})
-    refused(response, 422, "validation", "Content-Type: application/json")
+@pytest.mark.parametrize("body", [{"data": {"inputs": "a"}}, {"content": b'{"inputs": "a"}'}])
+def test_a_form_or_no_type_is_refused_with_a_word_about_json(
+    body: dict[str, Any], service: RunningService
+) -> None:
+    refused(service.http.post("/generate", **body), 422, "validation", "Content-Type: application/json")
 
 
 def test_unknown_paths_and_methods_have_the_envelope(service: RunningService) -> None:
