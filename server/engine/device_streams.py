@@ -206,10 +206,10 @@ class ChainedSegments:
         landings = sum(landing_sizes(self.slices.layer_bytes))
         return self._chain.chain_bytes(tokens) + landings + (scores if rows == 1 else layer)
 
-    def open(self, spans: Sequence[tuple[int, int]]) -> ChainStream:
-        """spans: of the sinks and segments, in order."""
+    def open(self) -> ChainStream:
+        """Begin with layer 0."""
         chain = Chain(self._spec.num_layers, self.slices, self.decoder(), queues_of(self._device))
-        return ChainStream(self, spans, chain)
+        return ChainStream(self, chain)
 
     def decoder(self) -> ChainDecoder:
         return self._chain.chain_decoder(self.counts, self._device)
@@ -231,8 +231,7 @@ class ChainedSegments:
 class ChainStream:
     """See SegmentStream."""
 
-    def __init__(self, segments: ChainedSegments, spans: Sequence[tuple[int, int]], chain: Chain) -> None:
-        self.spans = spans
+    def __init__(self, segments: ChainedSegments, chain: Chain) -> None:
         self._segments, self._chain = segments, chain
         self._staged: tuple[Tensor, Tensor] | None = None
         self._layer = 0

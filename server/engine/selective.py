@@ -323,12 +323,12 @@ def build_index(
         fill(layer, index.write(layer, runs, *cache.read(layer, source)))
     absent = [cache.host[number] for number in numbers if number not in paged]
     if absent:
-        stream = reader.source(absent).open()
-        runs = target.runs(stream.spans)
-        fill = cells.filling(stream.spans) if cells else _leave
+        origin = reader.source(absent)
+        stream, runs = origin.open(), target.runs(origin.spans)
+        fill = cells.filling(origin.spans) if cells else _leave
         for layer in layers:
             fill(layer, index.write(layer, runs, *stream.next_layer()))
-        until_read(index.codes.device)  # copies of records may go with the stream
+        until_read(index.codes.device)  # copies of records may go with their source
 
 
 def fill_sinks(pool: PagePool, row_pages: Sequence[int], cache: PagedCache, reader: SegmentReader) -> None:

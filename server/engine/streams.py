@@ -48,13 +48,9 @@ class SegmentReader:
 class SegmentStream(Protocol):
     """Keys and values of a source. Either all layers are taken one by one, or the whole is restored."""
 
-    @property
-    def spans(self) -> Sequence[tuple[int, int]]:
-        """(first token, number of tokens) of each piece, in the order of the rows."""
-
     def next_layer(self) -> tuple[Tensor, Tensor]:
-        """Keys after RoPE and values [H, T, D], in the model's dtype, rows in the order of `spans`. On CUDA
-        they are overwritten by the next call."""
+        """Keys after RoPE and values [H, T, D], in the model's dtype, rows in the order of the source's
+        `spans`. On CUDA they are overwritten by the next call."""
 
     def attend(self, q: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Attention of q [Hq, R, D] to all tokens of the next layer, in place of `next_layer`; as parts for
@@ -123,7 +119,7 @@ class SegmentSource:
     def open(self) -> SegmentStream:
         """Begin with layer 0."""
         if self.chained is not None:
-            return self.chained.open(self.spans)
+            return self.chained.open()
         return _PlainStream(self, [part.open() for part in self._parts])
 
 
@@ -132,7 +128,6 @@ class _PlainStream:
 
     def __init__(self, source: SegmentSource, parts: Sequence[Callable[[], tuple[Tensor, Tensor]]]) -> None:
         """parts: each gives the next layer of some of the rows, [T, C] before RoPE."""
-        self.spans = source.spans
         self._source, self._parts = source, parts
 
     def next_layer(self) -> tuple[Tensor, Tensor]:

@@ -153,12 +153,12 @@ def test_a_stream_stays_until_the_device_has_read_its_records(
     what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Stream:
-        spans = ((0, 4),)
-
         def next_layer(self) -> tuple[Tensor, Tensor]:
             return torch.zeros(2, SPEC.num_kv_heads, 4, SPEC.head_dim, device=DEVICE).unbind()
 
     class Source:
+        spans = ((0, 4),)
+
         def open(self) -> Stream:
             stream = Stream()
             streams.append(weakref.ref(stream))

@@ -113,7 +113,7 @@ def test_a_stream_gives_layer_after_layer(stored: Stored, launched: list[str]) -
     segments = stored.segments()
     assert segments.num_tokens == 4 + sum(COUNTS)
     for _ in range(2):
-        stream = segments.open([])
+        stream = segments.open()
         for expected in stored.expected(0):
             close(torch.stack(stream.next_layer()), expected)
 
@@ -133,7 +133,7 @@ def test_attention_to_a_stream_is_attention_to_its_layers(
 ) -> None:
     """One query reads the state, several read keys and values that are written for them."""
     segments = stored.segments()
-    stream = segments.open([])
+    stream = segments.open()
     for expected in stored.expected(0):
         q = torch.randn(2 * SPEC.num_kv_heads, queries, SPEC.head_dim, device=device).to(DTYPE)
         close(merge_attention(stream.attend(q)), attend_ref(q.float(), *expected)[0])
@@ -148,7 +148,7 @@ def test_segments_without_sinks_are_restored_into_pages(
     pool = PagePool(SPEC, 2 * SPEC.bytes_per_token * 256, device, keep=False)
     pool.keys.fill_(7), pool.values.fill_(7)
     total = sum(COUNTS)
-    segments.open([]).restore(pool, [(300, 304), (20, 16 + total)])
+    segments.open().restore(pool, [(300, 304), (20, 16 + total)])
     pages = torch.stack((pool.keys, pool.values), dim=1)
     expected = stored.expected(4)
     close(pages[:, :, :, 300:304], expected[:, :, :, :4])
@@ -159,7 +159,7 @@ def test_segments_without_sinks_are_restored_into_pages(
 def test_sinks_are_restored_as_they_were(stored: Stored, device: torch.device, launched: list[str]) -> None:
     segments = stored.segments()
     pool = PagePool(SPEC, SPEC.bytes_per_token * 256, device, keep=False)
-    segments.open([]).restore(pool, [(100, 104 + sum(COUNTS))])
+    segments.open().restore(pool, [(100, 104 + sum(COUNTS))])
     pages = torch.stack((pool.keys, pool.values), dim=1)
     close(pages[:, :, :, 100 : 104 + sum(COUNTS)], stored.expected(0))
     assert torch.equal(pages[:, 1, :, 100:104], stored.expected(0)[:, 1, :, :4].to(DTYPE))
@@ -222,7 +222,7 @@ def test_a_recorded_restore_is_a_launched_one(
             halves = -keys[:, 4:].contiguous(), values[:, 4:].flip(1).contiguous()
             stored.bodies = [segment.cpu() for segment in stored.codec.encode(*halves, COUNTS)]
         pool.keys.fill_(UNTOUCHED), pool.values.fill_(UNTOUCHED)
-        stored.segments(first, count).open([]).restore(pool, [(first, 4 + sum(COUNTS[:count]))])
+        stored.segments(first, count).open().restore(pool, [(first, 4 + sum(COUNTS[:count]))])
         page = 1 + number % 2
         segments = stored.segments(first, count)
         recording_of(recorded, segments).replay(segments, BlockTable([page]))
