@@ -303,21 +303,23 @@ class Documents:
         taken_up = False
         while True:
             try:
-                async with self._changing:
-                    if not taken_up:
-                        for document in await asyncio.to_thread(self._records.all):
-                            await self._take_up(document)
-                        taken_up = True
-                    for place, pin in list(self._pins.items()):
-                        await self._check(place, pin)
+                if not taken_up:
+                    for document in await asyncio.to_thread(self._records.all):
+                        if document.pinned or document.expires is not None:
+                            async with self._changing:
+                                await self._take_up((document.tenant, document.document_id))
+                    taken_up = True
+                for place in list(self._pins):
+                    async with self._changing:
+                        await self._check(place)
             except Exception as error:  # of Redis, say; the next round may go better
                 log.error("documents not checked", exc_info=error)
             await asyncio.sleep(HEARTBEAT_SECONDS)
 
-    async def _take_up(self, document: Document) -> None:
-        place = document.tenant, document.document_id
-        wanted = document.pinned or document.expires is not None
-        if not wanted or document.status != "ready" or place in self._pins or place in self._expiries:
+    async def _take_up(self, place: _Place) -> None:
+        """Pin a document, and see to its end, unless it was posted meanwhile."""
+        document = await self._find(place)
+        if document is None or document.status != "ready" or place in self._pins or place in self._expiries:
             return
         packed = await asyncio.to_thread(self._records.tokens, document)
         if packed is not None:
@@ -325,8 +327,10 @@ class Documents:
             if document.pinned:
                 await self._pin(document, packed)
 
-    async def _check(self, place: _Place, pin: _Pin) -> None:
-        document = await self._find(place)
+    async def _check(self, place: _Place) -> None:
+        pin, document = self._pins.get(place), await self._find(place)
+        if pin is None:
+            return
         if document is None or not document.pinned:
             await self._let_go(place)
         if document is None:

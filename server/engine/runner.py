@@ -289,6 +289,7 @@ class PagedCache:
             return None
         assert self._reader is not None
         if self._prepared is None or self._prepared[0] != absent:
+            # The device has read what the one before copied: storing what has no page waits for it.
             self._prepared = absent, self._reader.source([self.host[index] for index in absent])
         return self._prepared[1]
 
