@@ -75,6 +75,7 @@ class RedisTier:
     ) -> None:
         self.link = link
         self.max_record_bytes = max_record_bytes
+        self.ttl_seconds = ttl_seconds
         self._num_parts = max(1, -(-max_record_bytes // PART_BYTES))
         self._expiry: tuple[str | int, ...] = ("PX", max(1, int(ttl_seconds * 1000))) if ttl_seconds else ()
         self._connections = connections

@@ -27,6 +27,9 @@ from aquifer.cachestore.write_behind import WriteBehind
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+_RENEW_SECONDS = 600.0
+"""How often, at most, Redis hears that a prompt's records are in use; seldom beside their lifetime."""
+
 _RENEWED_PROMPTS = 10_000
 """Of which it is known when their records in Redis were renewed."""
 
@@ -40,7 +43,6 @@ class TieredStore:
     write_behind_bytes: records on their way to Redis; more are not written there, and counted.
                         Never more than half the arena, because queued records hold their slots
     close_seconds:      how long `close` may wait for them
-    renew_seconds:      how often Redis hears that a prompt's records are in use
     """
 
     def __init__(
@@ -52,7 +54,6 @@ class TieredStore:
         write_behind_bytes: int = 256 << 20,
         write_behind_threads: int = 1,
         close_seconds: float = 10.0,
-        renew_seconds: float = 600.0,
     ) -> None:
         self.ram = ram
         self.redis = redis
@@ -61,7 +62,8 @@ class TieredStore:
         self._lock = threading.Lock()
         self._promotions: set[_Promotion] = set()
         """Under way."""
-        self._renew_seconds = renew_seconds
+        lifetime = redis.ttl_seconds if redis is not None else None
+        self._renew_seconds = min(_RENEW_SECONDS, lifetime / 8) if lifetime else _RENEW_SECONDS
         self._renewed: OrderedDict[SegmentKey, float] = OrderedDict()
         """When, by a prompt's last record."""
         self._renewing = ThreadPoolExecutor(1, thread_name_prefix="redis-renew")
