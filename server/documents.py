@@ -110,9 +110,9 @@ class Documents:
     ) -> tuple[Document, Reading]:
         """Start reading a document of these tokens (without BOS); returns it as queued.
 
-        Posting the same text under the same id again reads it again: what was evicted comes back,
-        lifetime and pin are set anew. While it is being read, a post with the same pin joins that
-        reading. Raises DocumentConflictError when it is another text.
+        Posting the same text under the same id again reads it again: what was evicted comes back, lifetime
+        and pin are set anew. While it is being read, a post joins that reading. Raises
+        DocumentConflictError when it is another text.
         """
         document_id = document_id or uuid.uuid4().hex
         place, packed, now = (tenant, document_id), pack(token_ids), time.time()
@@ -133,23 +133,21 @@ class Documents:
             known = await self._find(place)
             if known is not None and known.digest != document.digest:
                 raise DocumentConflictError(document_id)
-            reading = self._readings.get(place)
-            if reading is not None and reading.document.pinned == pin:
-                # Its end writes the state.
-                reading.document = joined = replace(reading.document, expires=document.expires)
-                await asyncio.to_thread(self._records.save_tokens, joined, packed)
-                self._schedule(joined, packed)
-                return joined, reading.task
-            await self._stop(place)
             await self._let_go(place)
+            reading = self._readings.get(place)
+            if reading is not None:
+                reading.document = document = replace(reading.document, pinned=pin, expires=document.expires)
             await asyncio.to_thread(self._records.save_tokens, document, packed)
-            await asyncio.to_thread(self._records.save, document)
             self._schedule(document, packed)
             if pin:
                 await self._pin(document, packed)
-            task = asyncio.create_task(self._read(document, token_ids))
-            self._readings[place] = _Reading(document, task)
-        return document, task
+            if reading is None:
+                await asyncio.to_thread(self._records.save, document)
+                task = asyncio.create_task(self._read(document, token_ids))
+                reading = self._readings[place] = _Reading(document, task)
+            elif await self._failed(place):  # while it was joined
+                await self._let_go(place)
+        return document, reading.task
 
     async def get(self, tenant: str, document_id: str) -> Document:
         """The document as it stands. Raises UnknownDocumentError."""
@@ -245,6 +243,10 @@ class Documents:
         if document.status in ("queued", "reading") and silent_seconds > INTERRUPTED_AFTER_SECONDS:
             return replace(document, status="failed", error=_INTERRUPTED)
         return document
+
+    async def _failed(self, place: _Place) -> bool:
+        document = await self._find(place)
+        return document is None or document.status == "failed"
 
     async def _stop(self, place: _Place) -> None:
         """End the reading of a document and its expiry, if this process has them."""

@@ -46,7 +46,7 @@ async def read_document(
     await asyncio.wait([reading], timeout=None if body.wait else _REFUSAL_WAIT_SECONDS)
     if reading.done():
         if reading.cancelled():
-            raise ApiError(409, f"another post or a delete of {document.document_id!r} ended this reading")
+            raise ApiError(409, f"{document.document_id!r} was deleted while it was read")
         if (refusal := reading.result()) is not None:
             raise failure(refusal)
     if not body.wait:

@@ -180,18 +180,29 @@ def test_posts_of_what_is_being_read_join_it_and_set_its_lifetime(
     assert service.http.get("/documents/d").json()["expires"] > time.time() + 30
 
 
-def test_who_waits_for_a_reading_that_another_post_replaced_is_told(
+def test_the_last_post_says_whether_what_is_being_read_is_pinned(
+    service: RunningService, engine: FakeEngine, wait_until: WaitUntil
+) -> None:
+    engine.hold_reading.set()
+    for pin in (True, False, True):
+        service.post("/documents", document="text", document_id="d", pin=pin)
+        assert service.http.get("/documents/d").json()["pinned"] == pin
+        assert len(engine.pinned) - len(engine.unpinned) == pin
+    engine.hold_reading.clear()
+    wait_until(lambda: status(service, "d") == "ready")
+    assert service.http.get("/documents/d").json()["pinned"]
+    assert len(engine.pinned) - len(engine.unpinned) == 1 and len(engine.requests) == 1
+
+
+def test_who_waits_for_a_document_that_is_deleted_is_told(
     service: RunningService, engine: FakeEngine, wait_until: WaitUntil
 ) -> None:
     engine.hold_reading.set()
     with ThreadPoolExecutor() as clients:
         waiting = clients.submit(service.post, "/documents", document="text", document_id="d", wait=True)
         wait_until(lambda: bool(engine.requests))
-        service.post("/documents", document="text", document_id="d", pin=True)
+        service.http.delete("/documents/d")
         assert waiting.result().status_code == 409
-        engine.hold_reading.clear()
-    wait_until(lambda: status(service, "d") == "ready")
-    assert len(engine.pinned) == 1 and engine.unpinned == []
 
 
 def test_a_pinned_document_that_cannot_be_read_is_let_go(service: RunningService, engine: FakeEngine) -> None:
