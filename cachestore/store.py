@@ -201,11 +201,13 @@ class TieredStore:
                 self._renewed.pop(keys[-1], None)
             return
         lost = [key for key, found in zip(keys, here, strict=True) if not found]
+        offered = []
         for key, lease in zip(lost, self.ram.peek(lost), strict=True):
             if lease is not None and self._write_behind is not None:
                 self._write_behind.offer(key, lease)
+                offered.append(key)
         # What was deleted meanwhile must not come back by this.
-        gone = [key for key, found in zip(lost, self.ram.contains(lost), strict=True) if not found]
+        gone = [key for key, found in zip(offered, self.ram.contains(offered), strict=True) if not found]
         if gone and self._write_behind is not None:
             self._write_behind.cancel(gone)
             redis.delete(gone)
