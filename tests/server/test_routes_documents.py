@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -192,6 +192,23 @@ def test_the_last_post_says_whether_what_is_being_read_is_pinned(
     wait_until(lambda: status(service, "d") == "ready")
     assert service.http.get("/documents/d").json()["pinned"]
     assert len(engine.pinned) - len(engine.unpinned) == 1 and len(engine.requests) == 1
+
+
+def test_a_pin_that_comes_as_the_reading_fails_is_lifted(
+    service: RunningService, engine: FakeEngine, wait_until: WaitUntil, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.hold_reading.set()
+    service.post("/documents", document="text", document_id="d")
+    pin = engine.pin
+
+    def fail_meanwhile(token_ids: Sequence[int], cache_salt: str) -> None:
+        engine.cancelled.append(engine.requests[0].request_id)
+        wait_until(lambda: status(service, "d") == "failed")
+        pin(token_ids, cache_salt)
+
+    monkeypatch.setattr(engine, "pin", fail_meanwhile)
+    service.post("/documents", document="text", document_id="d", pin=True)
+    assert engine.unpinned == engine.pinned == [((0, *ids("text")), "")]
 
 
 def test_who_waits_for_a_document_that_is_deleted_is_told(
