@@ -260,8 +260,8 @@ class Documents:
             self._readings.pop(place, None)
 
     async def _pin(self, document: Document, packed: bytes) -> None:
-        self._pins[document.tenant, document.document_id] = _Pin(packed, document.salt)
         await asyncio.to_thread(self._engine.pin, self._bos + unpack(packed), document.salt)
+        self._pins[document.tenant, document.document_id] = _Pin(packed, document.salt)
 
     async def _let_go(self, place: _Place) -> None:
         """Lift this process's pin of a document, if there is one."""

@@ -204,6 +204,7 @@ def test_a_pin_that_comes_as_the_reading_fails_is_lifted(
     def fail_meanwhile(token_ids: Sequence[int], cache_salt: str) -> None:
         engine.cancelled.append(engine.requests[0].request_id)
         wait_until(lambda: status(service, "d") == "failed")
+        assert engine.unpinned == []
         pin(token_ids, cache_salt)
 
     monkeypatch.setattr(engine, "pin", fail_meanwhile)
