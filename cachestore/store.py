@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from aquifer.cachestore.arena import RamArena, Reservation
 from aquifer.cachestore.keys import SegmentKey
 from aquifer.cachestore.redis_tier import RedisTier
-from aquifer.cachestore.tier import Fill, Lease, TierStats, copy_of, lease_of_own
+from aquifer.cachestore.tier import Fill, Lease, TierStats, copy_of, lease_of_own, released_if_it_fails
 from aquifer.cachestore.write_behind import WriteBehind
 
 if TYPE_CHECKING:
@@ -83,14 +83,8 @@ class TieredStore:
             return leases
 
         landing = _Promotion(self.ram, [keys[index] for index in missing], self._verify)
-        try:
-            with self._under_way(landing):
-                self.redis.read(landing.keys, landing)
-        except BaseException:
-            for lease in [*leases, *landing.leases]:
-                if lease is not None:
-                    lease.release()
-            raise
+        with released_if_it_fails(leases), released_if_it_fails(landing.leases), self._under_way(landing):
+            self.redis.read(landing.keys, landing)
         for index, lease in zip(missing, landing.leases, strict=True):
             leases[index] = lease
         return leases

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
@@ -51,6 +52,18 @@ class Lease:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+@contextmanager
+def released_if_it_fails(leases: Sequence[Lease | None]) -> Iterator[None]:
+    """Leases end where the block raises, those that it added too; to end one twice does no harm."""
+    try:
+        yield
+    except BaseException:
+        for lease in leases:
+            if lease is not None:
+                lease.release()
+        raise
 
 
 Fill = Callable[[memoryview], None]

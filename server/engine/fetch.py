@@ -4,8 +4,7 @@ all in RAM is found at once."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -13,7 +12,7 @@ import structlog
 
 from aquifer.cachestore.keys import PromptKeys, SegmentKey
 from aquifer.cachestore.store import TieredStore
-from aquifer.cachestore.tier import Lease
+from aquifer.cachestore.tier import Lease, released_if_it_fails
 from aquifer.compression.codec import Codec
 from aquifer.compression.spec import SINK_TOKENS
 from aquifer.compression.wire import HEADER_BYTES, RecordKind, RecordOpener, WireError
@@ -93,7 +92,7 @@ class Fetcher:
         wanted = [index for index, tier in held.items() if self._gate.worth_loading(tier)]
         places = _places(keys, wanted)
         leases = self._store.get([key for _, _, key in places]) if places else []
-        with _released_if_it_fails(leases):
+        with released_if_it_fails(leases):
             pairs = zip(places, leases, strict=True)
             records = [self._open_or_refuse(place, lease) for place, lease in pairs]
         found = _segments(wanted, records)
@@ -110,7 +109,7 @@ class Fetcher:
         if leases is None:
             return None
         try:
-            with _released_if_it_fails(leases):
+            with released_if_it_fails(leases):
                 records = [self._open(place, lease) for place, lease in zip(places, leases, strict=True)]
         except WireError:  # `fetch` refuses it
             return None
@@ -153,18 +152,6 @@ def _tried(
     except Exception as error:
         log.error("fetch failed", instead=instead, exc_info=error)
         return None
-
-
-@contextmanager
-def _released_if_it_fails(leases: Sequence[Lease | None]) -> Iterator[None]:
-    """Releasing a lease again does nothing."""
-    try:
-        yield
-    except BaseException:
-        for lease in leases:
-            if lease is not None:
-                lease.release()
-        raise
 
 
 def _places(keys: PromptKeys, indices: Sequence[int]) -> list[_Place]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from aquifer.cachestore.keys import SegmentKey
 from aquifer.cachestore.store import TieredStore
-from aquifer.cachestore.tier import Fill, Lease, lease_of_own
+from aquifer.cachestore.tier import Fill, Lease, lease_of_own, released_if_it_fails
 from aquifer.compression.codec import Codec
 from aquifer.compression.spec import SINK_TOKENS, Encoded
 from aquifer.compression.wire import RecordHeader, RecordKind, body_of, record_bytes, seal
@@ -140,20 +140,15 @@ class SegmentWriter:
         keep: whether they are stored for others, too. Without it, or if the RAM tier has no room, the
         lease holds memory of its own. Raises ValueError for values that are not finite.
         """
-        records: list[StoredRecord] = []
-        try:
+        leases: list[Lease] = []
+        with released_if_it_fails(leases):
             for job in jobs:
                 (body,), (damaged,) = self._encode(self._codecs[job.kind], [job], _mark(job.keys))
                 if damaged:
                     raise ValueError(f"{_name(job)} holds values that are not finite")
                 lease = self._store_record(job, body) if keep else None
-                lease = lease or lease_of_own(*self._sealing(job, body), "own")
-                records.append(StoredRecord(lease, body_of(lease.data)))
-        except BaseException:
-            for record in records:
-                record.lease.release()
-            raise
-        return records
+                leases.append(lease or lease_of_own(*self._sealing(job, body), "own"))
+        return [StoredRecord(lease, body_of(lease.data)) for lease in leases]
 
     def _start(self, kind: RecordKind, jobs: Sequence[WriteJob]) -> Future[None]:
         """Encode and store, on a device's side on the thread."""
