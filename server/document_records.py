@@ -25,6 +25,9 @@ from aquifer.cachestore.records import RecordStore
 log = structlog.get_logger(__name__)
 
 DocumentStatus = Literal["queued", "reading", "ready", "failed"]
+ID_PATTERN = r"^[A-Za-z0-9._-]{1,128}$"
+Place = tuple[str, str]
+"""Tenant and id of a document."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,10 @@ class Document:
     bits_per_value: float | None = None
 
     @property
+    def place(self) -> Place:
+        return self.tenant, self.document_id
+
+    @property
     def progress(self) -> float:
         return 1.0 if self.status == "ready" else self.done_tokens / self.tokens
 
@@ -71,16 +78,11 @@ class DocumentRecords:
 
     def save(self, document: Document) -> None:
         """Keep a state for the rest of the document's lifetime."""
-        lifetime = _lifetime(document)
-        if lifetime is None or lifetime > 0:
-            blob = orjson.dumps(asdict(document))
-            self._records.put(self._name(document.tenant, "state", document.document_id), blob, lifetime)
+        self._put(document, "state", orjson.dumps(asdict(document)))
 
     def save_tokens(self, document: Document, packed: bytes) -> None:
-        """Keep a document's tokens, as `pack` gives them. Raises ValueError if they are too many."""
-        lifetime = _lifetime(document)
-        if lifetime is None or lifetime > 0:
-            self._records.put(self._name(document.tenant, "tokens", document.document_id), packed, lifetime)
+        """Keep a document's tokens, as `pack` gives them, as long. Raises ValueError if they are too many."""
+        self._put(document, "tokens", packed)
 
     def find(self, tenant: str, document_id: str) -> Document | None:
         return self._parsed(self._name(tenant, "state", document_id))
@@ -103,6 +105,11 @@ class DocumentRecords:
         prefix = self._prefix if tenant is None else self._name(tenant, "state", "")
         names = [name for name in self._records.list(prefix) if name.split("/")[3] == "state"]
         return [document for name in names if (document := self._parsed(name))]
+
+    def _put(self, document: Document, part: str, blob: bytes) -> None:
+        lifetime = None if document.expires is None else document.expires - time.time()
+        if lifetime is None or lifetime > 0:
+            self._records.put(self._name(document.tenant, part, document.document_id), blob, lifetime)
 
     def _parsed(self, name: str) -> Document | None:
         blob = self._records.get(name)
@@ -137,7 +144,3 @@ def unpack(packed: bytes) -> array[int]:
 
 def digest_of(packed: bytes, salt: str) -> str:
     return blake3(packed + salt.encode()).hexdigest()
-
-
-def _lifetime(document: Document) -> float | None:
-    return None if document.expires is None else document.expires - time.time()

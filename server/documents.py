@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from aquifer.server.bridge import EngineStream
-from aquifer.server.document_records import Document, DocumentRecords, digest_of, pack, unpack
+from aquifer.server.document_records import Document, DocumentRecords, Place, digest_of, pack, unpack
 from aquifer.server.engine.types import (
     FailedEvent,
     FinishedEvent,
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-ID_PATTERN = r"^[A-Za-z0-9._-]{1,128}$"
 # While a document is read its state is written this often, so that other servers see it is alive; and this
 # often pins are compared with the records, which other servers change, too.
 HEARTBEAT_SECONDS = 10.0
@@ -56,9 +55,6 @@ class DocumentConflictError(Exception):
 
 # Ends when the document is read, with the reason if it could not be.
 Reading = asyncio.Task[FailedEvent | None]
-
-_Place = tuple[str, str]
-"""Tenant and id."""
 
 
 @dataclass
@@ -87,9 +83,9 @@ class Documents:
         self._engine = engine
         self._records = records
         self._bos = bos
-        self._readings: dict[_Place, _Reading] = {}
-        self._pins: dict[_Place, _Pin] = {}
-        self._expiries: dict[_Place, asyncio.TimerHandle] = {}
+        self._readings: dict[Place, _Reading] = {}
+        self._pins: dict[Place, _Pin] = {}
+        self._expiries: dict[Place, asyncio.TimerHandle] = {}
         self._expiring: set[asyncio.Task[None]] = set()
         self._watching: asyncio.Task[None] | None = None
         self._changing = asyncio.Lock()
@@ -115,7 +111,7 @@ class Documents:
         DocumentConflictError when it is another text.
         """
         document_id = document_id or uuid.uuid4().hex
-        place, packed, now = (tenant, document_id), pack(token_ids), time.time()
+        packed, now = pack(token_ids), time.time()
         document = Document(
             document_id=document_id,
             tenant=tenant,
@@ -129,6 +125,7 @@ class Documents:
             updated=now,
             expires=None if ttl_seconds is None else now + ttl_seconds,
         )
+        place = document.place
         async with self._changing:
             known = await self._find(place)
             if known is not None and known.digest != document.digest:
@@ -167,8 +164,7 @@ class Documents:
     async def list(self, tenant: str) -> list[Document]:
         """All documents of a tenant, the oldest first."""
         found = await asyncio.to_thread(self._records.all, tenant)
-        current = [await self._find((tenant, document.document_id)) for document in found]
-        return sorted((document for document in current if document), key=lambda document: document.created)
+        return sorted(map(self._as_it_stands, found), key=lambda document: document.created)
 
     async def delete(self, tenant: str, document_id: str) -> int:
         """Forget a document, its records and its KV in every tier; returns the segments deleted. What another
@@ -177,7 +173,8 @@ class Documents:
         Raises UnknownDocumentError.
         """
         async with self._changing:
-            document, place = await self.get(tenant, document_id), (tenant, document_id)
+            document = await self.get(tenant, document_id)
+            place = document.place
             pin = self._pins.get(place)
             packed = pin.packed if pin else await asyncio.to_thread(self._records.tokens, document)
             await self._stop(place)
@@ -197,7 +194,7 @@ class Documents:
 
     async def _read(self, document: Document, token_ids: array[int]) -> FailedEvent | None:
         """Have the engine read and store a document; keep its state up to date."""
-        place = document.tenant, document.document_id
+        place = document.place
         reading = self._readings[place]
 
         def now(**changes: Any) -> Document:
@@ -232,27 +229,30 @@ class Documents:
             self._readings.pop(place, None)
         return end if isinstance(end, FailedEvent) else None
 
-    async def _find(self, place: _Place) -> Document | None:
+    async def _find(self, place: Place) -> Document | None:
         reading = self._readings.get(place)
         if reading is not None:
             return reading.document
         document = await asyncio.to_thread(self._records.find, *place)
-        if document is None:
-            return None
+        return self._as_it_stands(document) if document else None
+
+    def _as_it_stands(self, document: Document) -> Document:
+        """The newest state of a document, given what its record says."""
+        reading = self._readings.get(document.place)
+        if reading is not None:
+            return reading.document
         silent_seconds = time.time() - document.updated
         if document.status in ("queued", "reading") and silent_seconds > INTERRUPTED_AFTER_SECONDS:
             return replace(document, status="failed", error=_INTERRUPTED)
         return document
 
-    async def _failed(self, place: _Place) -> bool:
+    async def _failed(self, place: Place) -> bool:
         document = await self._find(place)
         return document is None or document.status == "failed"
 
-    async def _stop(self, place: _Place) -> None:
+    async def _stop(self, place: Place) -> None:
         """End the reading of a document and its expiry, if this process has them."""
-        expiry = self._expiries.pop(place, None)
-        if expiry is not None:
-            expiry.cancel()
+        self._unschedule(place)
         reading = self._readings.get(place)
         if reading is not None:
             reading.task.cancel()
@@ -261,9 +261,9 @@ class Documents:
 
     async def _pin(self, document: Document, packed: bytes) -> None:
         await asyncio.to_thread(self._engine.pin, self._bos + unpack(packed), document.salt)
-        self._pins[document.tenant, document.document_id] = _Pin(packed, document.salt)
+        self._pins[document.place] = _Pin(packed, document.salt)
 
-    async def _let_go(self, place: _Place) -> None:
+    async def _let_go(self, place: Place) -> None:
         """Lift this process's pin of a document, if there is one."""
         pin = self._pins.pop(place, None)
         if pin is not None:
@@ -274,13 +274,16 @@ class Documents:
 
     def _schedule(self, document: Document, packed: bytes) -> None:
         """Let a document expire when its lifetime, as it is now, is over."""
-        place = document.tenant, document.document_id
-        if (expiry := self._expiries.pop(place, None)) is not None:
-            expiry.cancel()
+        self._unschedule(document.place)
         if document.expires is not None:
             lifetime = max(0.0, document.expires - time.time())
             loop = asyncio.get_running_loop()
-            self._expiries[place] = loop.call_later(lifetime, self._expire, document, packed)
+            self._expiries[document.place] = loop.call_later(lifetime, self._expire, document, packed)
+
+    def _unschedule(self, place: Place) -> None:
+        expiry = self._expiries.pop(place, None)
+        if expiry is not None:
+            expiry.cancel()
 
     def _expire(self, document: Document, packed: bytes) -> None:
         task = asyncio.get_running_loop().create_task(self._expired(document, packed))
@@ -289,7 +292,7 @@ class Documents:
 
     async def _expired(self, document: Document, packed: bytes) -> None:
         """What expired leaves the tiers too; its records have expired by themselves."""
-        place = document.tenant, document.document_id
+        place = document.place
         async with self._changing:
             current = await self._find(place)
             if current is not None and current.expires != document.expires:  # posted again, maybe elsewhere
@@ -309,7 +312,7 @@ class Documents:
                     for document in await asyncio.to_thread(self._records.all):
                         if document.pinned or document.expires is not None:
                             async with self._changing:
-                                await self._take_up((document.tenant, document.document_id))
+                                await self._take_up(document.place)
                     taken_up = True
                 for place in list(self._pins):
                     async with self._changing:
@@ -318,7 +321,7 @@ class Documents:
                 log.error("documents not checked", exc_info=error)
             await asyncio.sleep(HEARTBEAT_SECONDS)
 
-    async def _take_up(self, place: _Place) -> None:
+    async def _take_up(self, place: Place) -> None:
         """Pin a document, and see to its end, unless it was posted meanwhile."""
         document = await self._find(place)
         if document is None or document.status != "ready" or place in self._pins or place in self._expiries:
@@ -329,7 +332,7 @@ class Documents:
             if document.pinned:
                 await self._pin(document, packed)
 
-    async def _check(self, place: _Place) -> None:
+    async def _check(self, place: Place) -> None:
         pin, document = self._pins.get(place), await self._find(place)
         if pin is None:
             return

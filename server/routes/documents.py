@@ -9,8 +9,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Response
 
-from aquifer.server.document_records import Document
-from aquifer.server.documents import ID_PATTERN
+from aquifer.server.document_records import ID_PATTERN, Document
 from aquifer.server.routes.body import BodyRoute
 from aquifer.server.routes.errors import ApiError, failure, problems
 from aquifer.server.routes.schemas import DocumentBody, DocumentDeleted, DocumentList, DocumentOut

@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from aquifer.server.document_records import DocumentStatus
-from aquifer.server.documents import ID_PATTERN
+from aquifer.server.document_records import ID_PATTERN, DocumentStatus
 from aquifer.server.engine.types import FinishReason, KVMode
 from aquifer.server.routes.errors import Problem
 
