@@ -144,12 +144,12 @@ class RedisTier:
         """Begin the lifetime of records anew, as a hit does. Returns which are here; None: Redis is down."""
         if not self._expiry:
             return self.contains(keys) if self.up else None
-        names = [name for key in keys for name in self._part_names(key.redis_name)]
+        names = self._names(keys)
         replies = self.link.execute([("PEXPIRE", name, self._expiry[1]) for name in names])
         return None if replies is None else [reply == 1 for reply in replies[:: self._num_parts]]
 
     def delete(self, keys: Sequence[SegmentKey]) -> int:
-        names = [name for key in keys for name in self._part_names(key.redis_name)]
+        names = self._names(keys)
         replies = self.link.execute([("UNLINK", name) for name in names]) if names else []
         return sum(reply == 1 for reply in (replies or [])[:: self._num_parts])
 
@@ -171,6 +171,10 @@ class RedisTier:
         self._readers.shutdown()
         self.link.close()
 
+    def _names(self, keys: Sequence[SegmentKey]) -> list[bytes]:
+        """Of all parts that the records may have."""
+        return [name for key in keys for name in self._part_names(key.redis_name)]
+
     def _part_names(self, name: bytes) -> list[bytes]:
         return [name, *(b"%s:%d" % (name, part) for part in range(1, self._num_parts))]
 
@@ -178,7 +182,7 @@ class RedisTier:
         """Read the records keys[i] for i in share over one connection."""
         # GETEX reads and begins the lifetime anew in one command.
         verb = "GETEX" if self._expiry else "GET"
-        names = [name for index in share for name in self._part_names(keys[index].redis_name)]
+        names = self._names([keys[index] for index in share])
         window = max(2, WINDOW_BYTES // min(self.max_record_bytes, PART_BYTES))
         assembly = _Assembly(share, self._num_parts, self.max_record_bytes, landing)
         try:

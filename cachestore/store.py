@@ -129,7 +129,7 @@ class TieredStore:
 
         at_once: whether or not that was done lately.
         """
-        if self.redis is None or not keys:
+        if self.redis is None or self._write_behind is None or not keys:
             return
         now = time.monotonic()
         with self._lock:
@@ -139,11 +139,13 @@ class TieredStore:
             self._renewed.move_to_end(keys[-1])
             if len(self._renewed) > _RENEWED_PROMPTS:
                 self._renewed.popitem(last=False)
-        self._renewing.submit(self._renew, self.redis, list(keys))
+        self._renewing.submit(self._renew, self.redis, self._write_behind, list(keys))
 
     def delete(self, keys: Sequence[SegmentKey]) -> int:
         """Forget records in every tier; return how many there were."""
         known = sum(tier is not None for tier in self.contains(keys))
+        # RAM first: what Redis lost is written again from there.
+        self.ram.delete(keys)
         if self._write_behind is not None:
             self._write_behind.cancel(keys)
         if self.redis is not None:
@@ -188,7 +190,7 @@ class TieredStore:
             self.redis.close()
         self.ram.close()
 
-    def _renew(self, redis: RedisTier, keys: Sequence[SegmentKey]) -> None:
+    def _renew(self, redis: RedisTier, write_behind: WriteBehind, keys: Sequence[SegmentKey]) -> None:
         here = redis.renew(keys)
         if here is None:  # down: next time
             with self._lock:
@@ -197,13 +199,13 @@ class TieredStore:
         lost = [key for key, found in zip(keys, here, strict=True) if not found]
         offered = []
         for key, lease in zip(lost, self.ram.peek(lost), strict=True):
-            if lease is not None and self._write_behind is not None:
-                self._write_behind.offer(key, lease)
+            if lease is not None:
+                write_behind.offer(key, lease)
                 offered.append(key)
         # What was deleted meanwhile must not come back by this.
         gone = [key for key, found in zip(offered, self.ram.contains(offered), strict=True) if not found]
-        if gone and self._write_behind is not None:
-            self._write_behind.cancel(gone)
+        if gone:
+            write_behind.cancel(gone)
             redis.delete(gone)
 
     @contextmanager

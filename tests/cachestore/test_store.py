@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -223,19 +224,22 @@ def lifetimes(redis_server: Any) -> list[int]:
         return [client.pttl(name) for name in client.scan_iter()]
 
 
+def leave_a_minute(redis_server: Any) -> None:
+    """To all keys in Redis."""
+    with Redis.from_url(redis_server.url) as client:
+        for name in client.scan_iter():
+            client.pexpire(name, 60_000)
+
+
 def test_what_is_used_in_ram_lives_on_in_redis(redis_server: Any, make_store: Any, wait_until: Any) -> None:
     store = make_store(redis_server.url)
     for key in KEYS[:4]:
         store.put(key, sealed(os.urandom(10_000)))
     assert store.flush(10)
-    with Redis.from_url(redis_server.url) as client:
-        for name in client.scan_iter():
-            client.pexpire(name, 60_000)
+    leave_a_minute(redis_server)
     store.used(KEYS[:3])
     wait_until(lambda: sum(left > 60_000 for left in lifetimes(redis_server)) == 3)
-    with Redis.from_url(redis_server.url) as client:
-        for name in client.scan_iter():
-            client.pexpire(name, 60_000)
+    leave_a_minute(redis_server)
     store.used(KEYS[:3])  # lately
     store.used(KEYS[3:4])
     wait_until(lambda: sum(left > 60_000 for left in lifetimes(redis_server)) == 1)
@@ -274,6 +278,12 @@ def test_what_is_used_while_redis_is_down_is_renewed_the_next_time(
     wait_until(lambda: store.redis.contains(KEYS[:1]) == [True])
 
 
+def use_and_wait(store: TieredStore, keys: Any) -> None:
+    """Until what was asked of Redis by that is done."""
+    store.used(keys)
+    store._renewing.submit(lambda: None).result()
+
+
 def test_what_is_deleted_while_it_is_written_again_stays_deleted(
     redis_server: Any, make_store: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,8 +300,28 @@ def test_what_is_deleted_while_it_is_written_again_stays_deleted(
         return leases
 
     monkeypatch.setattr(store.ram, "peek", delete_meanwhile)
-    store._renew(store.redis, KEYS[:1])
+    use_and_wait(store, KEYS[:1])
     assert store.flush(10) and store.contains(KEYS[:1]) == [None]
+
+
+def test_what_is_written_again_while_it_is_deleted_stays_deleted(
+    redis_server: Any, make_store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(redis_server.url)
+    store.put(KEYS[0], sealed(b"record"))
+    assert store.flush(10)
+    delete, renewed = store.redis.delete, threading.Event()
+
+    def renew_meanwhile(keys: Any) -> int:
+        deleted: int = delete(keys)
+        if not renewed.is_set():
+            renewed.set()
+            use_and_wait(store, keys)
+        return deleted
+
+    monkeypatch.setattr(store.redis, "delete", renew_meanwhile)
+    store.delete(KEYS[:1])
+    assert renewed.is_set() and store.flush(10) and store.contains(KEYS[:1]) == [None]
 
 
 def test_an_outage_drops_writes_and_serves_from_ram(
