@@ -175,11 +175,10 @@ def load_settings(**flags: Any) -> Settings:
     pydantic-settings ignores unknown environment variables, so a typo in an AQUIFER_* name would be
     silently without effect; that is refused here.
     """
-    known = {f"AQUIFER_{name.upper()}" for name in Settings.model_fields} | {"AQUIFER_CONFIG"}
-    # As pydantic-settings does, in capitals or not.
-    unknown = sorted(
-        name for name in os.environ if name.upper().startswith("AQUIFER_") and name.upper() not in known
-    )
+    known = {f"AQUIFER_{name.upper()}" for name in Settings.model_fields}
+    # pydantic-settings takes names in capitals or not; the file's is read here, in capitals.
+    ours = [name for name in os.environ if name.upper().startswith("AQUIFER_") and name != "AQUIFER_CONFIG"]
+    unknown = sorted(name for name in ours if name.upper() not in known)
     if unknown:
         raise ValueError(f"unknown setting {', '.join(unknown)}; `aquifer config` lists the known ones")
     file = os.environ.get("AQUIFER_CONFIG")

@@ -23,7 +23,7 @@ def test_flags_beat_environment_beats_file_beats_default(
     assert settings.host == "127.0.0.1"
 
 
-@pytest.mark.parametrize("name", ["AQUIFER_RAM_BYTE", "aquifer_ram_byte"])
+@pytest.mark.parametrize("name", ["AQUIFER_RAM_BYTE", "aquifer_ram_byte", "aquifer_config"])
 def test_a_typo_in_the_environment_stops_the_start(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "1")
     with pytest.raises(ValueError, match=f"unknown setting {name}"):
