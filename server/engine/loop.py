@@ -261,7 +261,7 @@ class StepLoop:
         self._prompts.settle(most=0)  # what was asked for is that it stands
         state.phase = Phase.STORING
         if not (state.request.prompt_only and state.writes_pending):
-            self._stored(state)
+            self._finish(state, "length")
 
     def _begin_decoding(self, state: RequestState) -> None:
         parts, plan, room, cache = self._parts, state.plan, state.room, state.cache
@@ -283,10 +283,7 @@ class StepLoop:
     def _written(self, state: RequestState) -> None:
         state.writes_pending -= 1
         if state.phase is Phase.STORING and not state.writes_pending:
-            self._stored(state)
-
-    def _stored(self, state: RequestState) -> None:
-        self._finish(state, "length")
+            self._finish(state, "length")
 
     # Answering
 

@@ -124,11 +124,9 @@ class Sampler:
 
 def _cooled(scores: Tensor, temperature: float | Tensor) -> Tensor:
     """Scores [..., vocab] over a temperature, however small, up to what all of them have more."""
+    divisor = torch.as_tensor(temperature, dtype=torch.float32, device=scores.device)
     smallest = torch.finfo(torch.float32).tiny
-    above = scores - scores.amax(dim=-1, keepdim=True)
-    return above / (
-        temperature.clamp(min=smallest) if isinstance(temperature, Tensor) else max(temperature, smallest)
-    )
+    return (scores - scores.amax(dim=-1, keepdim=True)) / divisor.clamp(min=smallest)
 
 
 def filtered_probabilities(scores: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -183,7 +181,7 @@ def _picked(logits: Tensor, picks: Sequence[Pick]) -> list[Choice]:
         if pick.temperature:
             row[2] = pick.uniform()
     temperature, top_p, uniform = torch.tensor(numbers, dtype=torch.float64).to(logits.device).T[..., None]
-    scores = _cooled(logits, temperature.float())
+    scores = _cooled(logits, temperature)
     kept = [pick.top_k if 0 < pick.top_k < vocabulary else 0 for pick in picks]
     if any(kept):
         best = scores.topk(max(kept)).values
