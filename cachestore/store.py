@@ -150,7 +150,7 @@ class TieredStore:
             self._write_behind.cancel(keys)
         if self.redis is not None:
             self.redis.delete(keys)
-        # And once more, when reads that have begun before are told: promoting a record they would bring it back.
+        # Once more, when reads that have begun before are told: promoting a record they would bring it back.
         with self._lock:
             for promotion in self._promotions:
                 promotion.deleted.update(keys)
