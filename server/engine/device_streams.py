@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import cache, cached_property
 
 import torch
@@ -150,6 +151,16 @@ class LandedLayers:
         self._arrived = self._queues.copies.mark()
 
 
+@dataclass(frozen=True)
+class Sinks:
+    """The first tokens of a prompt.
+
+    rows: [L, 2, S, C] before RoPE, in host memory; rope: cos and sin [S, D]."""
+
+    rows: Tensor
+    rope: tuple[Tensor, Tensor]
+
+
 class ChainedSegments:
     """Segments of a codec whose decoder has steps of its own, and perhaps sinks before them."""
 
@@ -159,20 +170,19 @@ class ChainedSegments:
         records: Sequence[StoredRecord],
         spans: Sequence[tuple[int, int]],
         rope_table: Callable[[Tensor], tuple[Tensor, Tensor]],
-        sinks: Tensor | None,
+        sinks: Sinks | None,
         device: torch.device,
     ) -> None:
         """records: one per segment; they must stay as they are.
         spans: (first token, number of tokens) of each segment.
-        rope_table: gives cos and sin [T, D] of positions [T]; asked while bytes are on their way.
-        sinks: the first tokens, [L, 2, S, C] before RoPE, in host memory."""
+        rope_table: gives cos and sin [T, D] of positions [T]; asked while bytes are on their way."""
         assert codec.chain is not None
         self._codec, self._chain, self._spec, self._device = codec, codec.chain, codec.spec, device
         self.spans = spans
         self.counts = tuple(count for _, count in spans)
         self.records = HostRecords(records, device)
         self._rope_table, self._sinks = rope_table, sinks
-        self.first = 0 if sinks is None else sinks.shape[2]
+        self.first = 0 if sinks is None else sinks.rows.shape[2]
         """Row of the first token that is no sink."""
 
     @cached_property
@@ -189,8 +199,8 @@ class ChainedSegments:
         """Keys after RoPE and values, [L, 2, H, S, D]."""
         if self._sinks is None:
             return None
-        rope = self._rope_table(torch.arange(self.first, device=self._device))
-        return _emitted_sinks(self._sinks.to(self._device, non_blocking=True), self._spec, rope)
+        rows = self._sinks.rows.to(self._device, non_blocking=True)
+        return _emitted_sinks(rows, self._spec, self._sinks.rope)
 
     @property
     def num_tokens(self) -> int:

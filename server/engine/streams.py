@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -43,6 +43,12 @@ class SegmentReader:
     def source(self, segments: Sequence[StoredSegment], *, sinks_only: bool = False) -> SegmentSource:
         """segments: ascending, at least one. sinks_only: of the first segment, which must be number 0."""
         return SegmentSource(self, segments, sinks_only=sinks_only)
+
+    @cached_property
+    def sink_rope(self) -> tuple[Tensor, Tensor]:
+        """cos and sin [S, D] of the sinks, whose places are those of every prompt. Made once, on the caller's
+        queue: models multiply for it, and cuBLAS keeps working memory for each queue."""
+        return self.adapter.rope_table(torch.arange(SINK_TOKENS, device=self.adapter.device))
 
 
 class SegmentStream(Protocol):
@@ -87,11 +93,11 @@ class SegmentSource:
         """The same for kernels, where the codec has some."""
         self._parts: list[_Records] = []
         if not sinks_only and reader.codec.chain is not None:
-            from aquifer.server.engine.device_streams import ChainedSegments
+            from aquifer.server.engine.device_streams import ChainedSegments, Sinks
 
             sinks = None
             if len(parts) == 2:
-                sinks = reader.raw.rows(as_tensor(parts[0][1][0].body))
+                sinks = Sinks(reader.raw.rows(as_tensor(parts[0][1][0].body)), reader.sink_rope)
             self.chained = ChainedSegments(
                 reader.codec, parts[-1][1], spans, adapter.rope_table, sinks, self._device
             )
