@@ -25,16 +25,17 @@ bench() {
 
 restore() {
   bench restore --tokens 32768 --repeat 5 "${codec[@]}" --peer raw-copy --peer hf-dynamic
-  bench restore --tokens 32768 --requests 16 --repeat 2 "${codec[@]}"
+  bench restore --tokens 32768 --requests 16 --repeat 2 "${codec[@]}" --peer raw-copy
+  bench restore --tokens 32768 --repeat 5 --codec aqua:2
 }
 
-store() { bench store --tokens 32768 --repeat 4 "${codec[@]}"; }
+store() { bench store --tokens 32768 --repeat 6 "${codec[@]}"; }
 
 redis() { bench redis --tokens 32768 --repeat 3 "${codec[@]}"; }
 
 longdoc() {
-  bench longdoc "${codec[@]}"
-  bench longdoc --documents 2 --tokens 131072 --in-flight 1 --path gpu --path ram-codec "${codec[@]}"
+  bench longdoc --path recompute --path gpu --path ram-codec --path redis-codec "${codec[@]}"
+  bench longdoc --documents 4 --path ram-raw --path redis-raw "${codec[@]}"
 }
 
 prefill() { bench prefill --tokens 131072 --repeat 1 --peer hf-dynamic; }
@@ -57,9 +58,9 @@ offloaded() {
 }
 
 throughput() {
-  bench throughput --tokens 131072 --contexts 1,6 --mode resident --gpu-kv-bytes 110000000000 "${codec[@]}"
-  bench throughput "${long[@]}" --contexts 1,6,16 --mode selective --new-tokens 32 --rows trace --rows misses \
-    --gpu-kv-bytes 110000000000 "${codec[@]}"
+  bench throughput --tokens 131072 --contexts 6 --repeat 1 --mode resident --gpu-kv-bytes 110000000000 "${codec[@]}"
+  bench throughput "${long[@]}" --contexts 16 --repeat 1 --mode selective --new-tokens 32 --rows trace \
+    --rows misses --gpu-kv-bytes 110000000000 "${codec[@]}"
 }
 
 kernels() { bench kernels --tokens 131072; }

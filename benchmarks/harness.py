@@ -64,7 +64,8 @@ class Row:
 
 @dataclass
 class Report:
-    """The result of one benchmark. rows: what was measured; the first of ours is what ratios refer to.
+    """The result of one benchmark. rows: what was measured; the first of ours is what ratios refer to, unless
+    `compare` names another.
     left_out: contestants that could not take part, with the reason. notes: what a reader must know.
     load_average: how busy the machine was before; another job on the same cores spoils figures, and
     ratios less."""

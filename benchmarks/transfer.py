@@ -39,7 +39,7 @@ from aquifer.server.engine.types import FinishedEvent
 
 ENCODE_SEGMENTS = 8
 DECODE_SEGMENTS = 32
-"""Segments that go through the codec in one pass, as in the engine."""
+"""Segments that go through the codec in one pass, as in the engine on a CPU."""
 
 
 def bench_restore(

@@ -3,7 +3,7 @@
 hiredis copies a value twice on its way in, three times on its way out, and holds the GIL for it.
 Here the kernel moves values between the socket and the slot that they live in, without the GIL. Seen
 over loopback, 4 MiB values from Redis into an arena: 1.0 GB per second of CPU time with hiredis
-alone, 2.2 with all of the store this way.
+and a copy, 2.2 this way, 1.8 with the checksum.
 """
 
 from __future__ import annotations

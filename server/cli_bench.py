@@ -30,7 +30,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 Weights = Annotated[
     Optional[Path], typer.Option(file_okay=False, help="folder where random checkpoints are kept")
 ]
-Codec = Annotated[str, typer.Option(help="raw, higgs:B, aqua:B or aqua:B:int8")]
+Codec = Annotated[str, typer.Option(help="raw, higgs:BITS, aqua:BITS or aqua:BITS:int8")]
 Tokens = Annotated[int, typer.Option(min=1, help="of the prompt")]
 Repeat = Annotated[int, typer.Option(min=1, help="runs of each contestant, one to warm up not counted")]
 Peers = Annotated[

@@ -59,7 +59,7 @@ JsonFile = Annotated[
 def evaluate(
     settings: Settings,
     task: Annotated[str, typer.Argument(help="text2json, needles, table or perplexity")],
-    kv: Annotated[str, typer.Option(help="full, raw, higgs:B, aqua:B or aqua:B:int8")] = "full",
+    kv: Annotated[str, typer.Option(help="full, raw, higgs:BITS, aqua:BITS or aqua:BITS:int8")] = "full",
     tokens: Annotated[int, typer.Option(min=256, help="of a generated prompt")] = 4096,
     samples: Annotated[int, typer.Option(min=1)] = 50,
     seed: int = 1,

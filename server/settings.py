@@ -130,7 +130,8 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(8080, ge=0, le=65535, description="0: any free port")
     api_keys: dict[str, str] = Field(
-        default_factory=dict, description='JSON object {"key": "tenant"}; when set, every route needs a key'
+        default_factory=dict,
+        description='JSON object {"key": "tenant"}; if set, all but /health, /ready and /metrics need a key',
     )
     metrics_need_key: bool = Field(False, description="whether /metrics needs a key too")
     ping_seconds: float = Field(15.0, gt=0, description="silence on an event stream before a ping comment")

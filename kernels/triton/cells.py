@@ -169,6 +169,7 @@ def find_rows(lanes: Tensor, layer: int, sets: int, counters: Tensor, *, sinks: 
     sinks: how many there are
     per_slot: cells in the room of one slot of the pool
     Returns int32 [B, S]: how many are missing.
+    Twin: `Books` in tests/kernels/triton/test_cells.py.
     """
     requests = len(lanes)
     expect("lanes", lanes, (None, FIELDS.value), torch.int64)

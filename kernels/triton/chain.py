@@ -13,8 +13,8 @@ In int8 (kernels/prediction.py) it is `round(x @ weight * scales + bias + steps 
 exact, residuals are steps of an int8 grid, and a copy of the result, rounded to int8, is written beside it.
 
 Bytes moved by a step, in 16 bits: 4 C + bits/8 * C read and 2 C written per token; in int8 2 C read, 3 C
-written. It is bound by its 4 C^2 operations. Per half of a layer with C = 1024, on an H200: 232 us for 32,768
-tokens and 936 for 131,072; in int8 152 and 573. cuBLAS needs 186 and 708 for the 16-bit product alone.
+written. It is bound by its 4 C^2 operations. Per half of a layer with C = 1024, on an H200: 241 us for 32,768
+tokens and 931 for 131,072; in int8 152 and 573. cuBLAS needs 186 and 708 for the 16-bit product alone.
 """
 
 import torch
@@ -298,11 +298,12 @@ def predict_and_add(
     out: Tensor,
     copy: Copy | None = None,
 ) -> None:
-    """Decode half of a layer: `predict`, plus the residual.
+    """Decode half of a layer: `predict`, plus the residual, which is rounded by itself.
 
     data: uint8 [B]; offsets: int32 [4, T], see KEY_CODES
     out: [T, C], float16 or bfloat16, of the state's dtype unless that is int8; rows may be strided
     copy: for IntegerLinear, and only there, to be written as well; centred at the linear's bias
+    Twin: the linear itself, and aquifer.kernels.higgs.higgs_decode_ref.
     """
     expect("data", data, (None,), torch.uint8)
     expect("offsets", offsets, (4, len(state)), torch.int32)

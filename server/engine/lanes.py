@@ -1,4 +1,4 @@
-"""Selective decoding in recorded steps: landmarks choose, rows are fetched, attention reads a list of slots.
+"""Selective decoding in recorded steps: landmarks choose, rows are fetched, attention reads them packed.
 
 The same method as selective.py, kernel by kernel on the device: nothing comes back to the host within a step,
 and nothing it starts depends on how long a request is. Where a request has room for all rows of its document,
