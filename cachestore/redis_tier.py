@@ -6,9 +6,10 @@ How a record lies in Redis (N is SegmentKey.redis_name):
     N:1    the same nonce, then the second part
     N:2    ...
 
-Values are split because Redis and its clients slow down on very large ones. The nonce, drawn anew for
-each write, keeps two writers' parts from being taken for one record. A reader knows the
-largest record, so it asks for all possible parts at once and needs no second round trip.
+Values are split because Redis and its clients slow down on very large ones. The nonce, made anew for
+each write, keeps two writers' parts from being taken for one record, and tells when the write began: what
+lacks parts soon after that is being written. A reader knows the largest record, so it asks for all possible
+parts at once and needs no second round trip.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ WINDOW_BYTES = 4 << 20
 
 _HEAD = struct.Struct("<4sQ8s")  # magic, total length in bytes, nonce
 _MAGIC = b"AQS1"
-_NONCE_BYTES = 8
+_NONCE = struct.Struct("<I4s")  # Unix seconds when the write began, random bytes
+
+WRITING_SECONDS = 30.0
+"""No write of one record takes as long, and no two servers' clocks differ as much."""
 
 
 class Landing(Protocol):
@@ -95,7 +99,7 @@ class RedisTier:
     def read(self, keys: Sequence[SegmentKey], landing: Landing) -> None:
         """Fetch records straight into the memory that `landing` provides.
 
-        What it finds damaged is deleted and counted as corrupt.
+        What it finds damaged is deleted and counted as corrupt; what is being written is just a miss.
         """
         if not keys:
             return
@@ -198,10 +202,9 @@ class RedisTier:
 
     def _write(self, name: bytes, record: memoryview) -> bool | None:
         """True: stored. False: the key was taken. None: it could not be stored."""
-        nonce = os.urandom(_NONCE_BYTES)
+        nonce = _NONCE.pack(int(time.time()), os.urandom(4))
         head = (_HEAD.pack(_MAGIC, record.nbytes, nonce), record[:PART_BYTES])
-        # The head first: it decides which of two writers wins. Until the rest is there a reader
-        # sees a truncated record, which is a miss.
+        # The head first: it decides which of two writers wins.
         replies = self.link.execute([("SET", name, head, *self._expiry, "NX")])
         if _any_failed(replies):
             return None
@@ -254,15 +257,16 @@ class _Assembly:
         self._index = -1
         self._target: memoryview | None = None
         self._nonce = b""
-        self._is_damaged = False
+        self._is_damaged = self._is_torn = False
+        """Torn: parts are missing, or belong to another write."""
 
     def receive(self, position: int, head: Reply | Bulk, reader: ReplyReader) -> None:
         record, part = divmod(position, self._num_parts)
         if part == 0:
             self._index = self._share[record]
-            self._is_damaged = False
+            self._is_damaged = self._is_torn = False
         if isinstance(head, Bulk):
-            prefix = bytearray(min(head.length, _NONCE_BYTES if part else _HEAD.size))
+            prefix = bytearray(min(head.length, _NONCE.size if part else _HEAD.size))
             reader.read_into(memoryview(prefix))
             room = self._room(part, bytes(prefix), head.length - len(prefix))
             if room is None:
@@ -272,8 +276,10 @@ class _Assembly:
             reader.end()
         elif isinstance(head, RefusedError) and head.code != "WRONGTYPE":
             self.stop()  # its slot is moving to another node, say: a miss, and nothing wrong with the record
-        elif head is not None or self._part_of_target(part):
-            self._is_damaged = True  # not a string, or a part is missing
+        elif head is not None:
+            self._is_damaged = True  # not a string
+        elif self._part_of_target(part):
+            self._is_torn = True
         if part == self._num_parts - 1:
             self._finish()
 
@@ -295,7 +301,10 @@ class _Assembly:
         room = self._part_of_target(part)
         if not room:
             return None  # left over from a longer record, or its head is gone
-        if prefix != self._nonce or length != room.nbytes:
+        if prefix != self._nonce:
+            self._is_torn = True
+            return None
+        if length != room.nbytes:
             self._is_damaged = True
             return None
         return room
@@ -314,7 +323,7 @@ class _Assembly:
     def _finish(self) -> None:
         target, self._target = self._target, None
         if target is not None:
-            if self._is_damaged:
+            if self._is_damaged or self._is_torn:
                 self._landing.abandon(self._index)
             else:
                 try:
@@ -324,5 +333,10 @@ class _Assembly:
                 else:
                     self.hits += 1
                     self.read_bytes += target.nbytes
-        if self._is_damaged:
+        if self._is_damaged or (self._is_torn and not self._is_being_written):
             self.damaged.append(self._index)
+
+    @property
+    def _is_being_written(self) -> bool:
+        began, _ = _NONCE.unpack(self._nonce)
+        return abs(time.time() - began) < WRITING_SECONDS

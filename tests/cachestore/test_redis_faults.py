@@ -10,7 +10,7 @@ import pytest
 from redis import Redis
 from structlog.testing import capture_logs
 
-from aquifer.cachestore import RedisTier, chain_keys, make_namespace
+from aquifer.cachestore import RedisTier, chain_keys, make_namespace, redis_tier
 
 RECORD_BYTES = 5 << 20  # three parts
 KEYS = chain_keys(make_namespace("model", "codec", ""), range(64), segment_tokens=8).segments
@@ -182,8 +182,13 @@ def test_a_record_evicted_between_contains_and_get_is_a_miss(server: Any, make_t
     ],
 )  # fmt: skip
 def test_spoiled_data_is_a_miss_counted_and_deleted(
-    server: Any, make_tier: Any, raw: Redis, spoil: Callable[[Redis, bytes], object]
+    server: Any,
+    make_tier: Any,
+    raw: Redis,
+    spoil: Callable[[Redis, bytes], object],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(redis_tier, "WRITING_SECONDS", 0.0)  # it was written long ago
     tier = make_tier(server.url)
     record = os.urandom(RECORD_BYTES)
     for key in KEYS[:2]:
@@ -196,6 +201,25 @@ def test_spoiled_data_is_a_miss_counted_and_deleted(
     assert read(tier, 1) == record
     assert tier.put(KEYS[0], record)
     assert read(tier) == record
+
+
+def test_what_another_server_is_writing_is_a_miss_and_left_alone(
+    server: Any, make_tier: Any, raw: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where its last parts are missing, and where they are those of an earlier write."""
+    writer, reader = make_tier(server.url), make_tier(server.url)
+    record, execute, seen = os.urandom(RECORD_BYTES), writer.link.execute, list[bytes | None]()
+
+    def read_meanwhile(commands: list[tuple[Any, ...]]) -> Any:
+        replies = execute(commands)
+        seen.append(read(reader))
+        return replies
+
+    monkeypatch.setattr(writer.link, "execute", read_meanwhile)
+    for _ in range(2):
+        assert writer.put(KEYS[0], record)
+        raw.delete(KEYS[0].redis_name)
+    assert seen == [None, record] * 2 and reader.stats().corrupt == 0
 
 
 def test_a_record_that_the_reader_rejects_is_deleted(server: Any, make_tier: Any) -> None:
