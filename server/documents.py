@@ -71,6 +71,7 @@ class _Pin:
 
     packed: bytes
     salt: str
+    digest: str
 
 
 class Documents:
@@ -116,7 +117,7 @@ class Documents:
             document_id=document_id,
             tenant=tenant,
             salt=salt,
-            digest=digest_of(packed, salt),
+            digest=digest_of(token_ids, salt),
             status="queued",
             tokens=len(self._bos) + len(token_ids),
             done_tokens=0,
@@ -127,6 +128,7 @@ class Documents:
         )
         place = document.place
         async with self._changing:
+            await self._check(place)
             known = await self._find(place)
             if known is not None and known.digest != document.digest:
                 raise DocumentConflictError(document_id)
@@ -172,9 +174,10 @@ class Documents:
 
         Raises UnknownDocumentError.
         """
+        place = tenant, document_id
         async with self._changing:
+            await self._check(place)
             document = await self.get(tenant, document_id)
-            place = document.place
             pin = self._pins.get(place)
             packed = pin.packed if pin else await asyncio.to_thread(self._records.tokens, document)
             await self._stop(place)
@@ -209,25 +212,43 @@ class Documents:
             cache_salt=document.salt,
         )
         end: FinishedEvent | FailedEvent | None = None
+        stands = True
         try:
             async with EngineStream(self._engine, request) as stream:
-                while end is None:
+                while stands and end is None:
                     event = await stream.next(HEARTBEAT_SECONDS)
                     if isinstance(event, FinishedEvent | FailedEvent):
                         end = event
                     elif isinstance(event, ProgressEvent):
                         now(status="reading", done_tokens=event.done_tokens)
                     if time.time() - reading.document.updated > HEARTBEAT_SECONDS:
-                        await asyncio.to_thread(self._records.save, now(updated=time.time()))
+                        stands = await self._save(now(updated=time.time()))
         finally:
             if _ended(reading.document, end).status != "ready":
                 await self._let_go(place)
             saved = None
-            while saved != (ended := _ended(reading.document, end)):  # a post that joins changes its lifetime
-                await asyncio.to_thread(self._records.save, ended)
-                saved = ended
+            # A post that joins meanwhile changes its lifetime.
+            while stands and saved != (ended := _ended(reading.document, end)):
+                stands, saved = await self._save(ended), ended
+            if not stands:
+                self._unschedule(place)
+                await self._let_go(place)
+                await asyncio.to_thread(self._engine.forget, request.token_ids, document.salt)
             self._readings.pop(place, None)
+        if not stands:
+            raise asyncio.CancelledError  # as where it is deleted here
         return end if isinstance(end, FailedEvent) else None
+
+    async def _save(self, document: Document) -> bool:
+        """Keep the state of a reading. False: another server has deleted the document, or replaced it.
+
+        Where one has posted the same text since, the state is that of its reading."""
+        known = await asyncio.to_thread(self._records.find, *document.place)
+        if known is None or known.digest != document.digest:
+            return False
+        if known.created == document.created:
+            await asyncio.to_thread(self._records.save, document)
+        return True
 
     async def _find(self, place: Place) -> Document | None:
         reading = self._readings.get(place)
@@ -261,7 +282,7 @@ class Documents:
 
     async def _pin(self, document: Document, packed: bytes) -> None:
         await asyncio.to_thread(self._engine.pin, self._bos + unpack(packed), document.salt)
-        self._pins[document.place] = _Pin(packed, document.salt)
+        self._pins[document.place] = _Pin(packed, document.salt, document.digest)
 
     async def _let_go(self, place: Place) -> None:
         """Lift this process's pin of a document, if there is one."""
@@ -295,8 +316,9 @@ class Documents:
         place = document.place
         async with self._changing:
             current = await self._find(place)
-            if current is not None and current.expires != document.expires:  # posted again, maybe elsewhere
-                self._schedule(current, packed)
+            same = current if current and current.digest == document.digest else None
+            if same is not None and same.expires != document.expires:  # posted again, maybe elsewhere
+                self._schedule(same, packed)
                 return
             await self._stop(place)
             await self._let_go(place)
@@ -304,7 +326,7 @@ class Documents:
         log.info("document expired", document_id=document.document_id, deleted_segments=deleted)
 
     async def _watch(self) -> None:
-        """Take up what an earlier process held, then let go of what another server deleted."""
+        """Take up what an earlier process held, then let go of what is no more."""
         taken_up = False
         while True:
             try:
@@ -333,12 +355,14 @@ class Documents:
                 await self._pin(document, packed)
 
     async def _check(self, place: Place) -> None:
+        """Let go of a document that another server has deleted, replaced by another text, or unpinned."""
         pin, document = self._pins.get(place), await self._find(place)
         if pin is None:
             return
-        if document is None or not document.pinned:
+        replaced = document is None or document.digest != pin.digest
+        if replaced or (document and not document.pinned):
             await self._let_go(place)
-        if document is None:
+        if replaced:
             await self._forget(pin.packed, pin.salt)
 
 

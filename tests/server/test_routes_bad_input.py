@@ -153,6 +153,7 @@ def test_a_prompt_over_the_limit_names_the_setting(service: RunningService) -> N
         ({"document": "a", "ttl_seconds": 1e300}, ["ttl_seconds"]),
         ({"document": "a", "document_id": ""}, ["document_id"]),
         ({"document": "a", "document_id": "a b"}, ["document_id"]),
+        ({"document": "a", "document_id": ".."}, ["document_id"]),
         ({"document": "a", "pin": "yes"}, ["pin"]),
         ({"document": "a", "name": "x"}, ["name"]),
     ],

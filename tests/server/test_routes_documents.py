@@ -284,6 +284,79 @@ def test_a_delete_on_another_server_lifts_the_pin_here(
         assert engine.unpinned == engine.pinned and other.unpinned == []
 
 
+@pytest.fixture
+def servers(redis_server: Any) -> Iterator[list[tuple[RunningService, FakeEngine]]]:
+    """Two, on one Redis."""
+    engines = [FakeEngine(tiny_tokenizer().decode) for _ in range(2)]
+    with (
+        running_service(engines[0], redis_url=redis_server.url) as one,
+        running_service(engines[1], redis_url=redis_server.url) as two,
+    ):
+        yield [(one, engines[0]), (two, engines[1])]
+
+
+@pytest.mark.parametrize("heartbeat", [0.05, 10.0], ids=["noticed while it is read", "noticed at the end"])
+@pytest.mark.parametrize("new_text", ["new text", None])
+def test_what_another_server_deletes_or_replaces_while_it_is_read_here_stays_so(
+    heartbeat: float,
+    new_text: str | None,
+    servers: list[tuple[RunningService, FakeEngine]],
+    wait_until: WaitUntil,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(documents, "HEARTBEAT_SECONDS", heartbeat)
+    (service, engine), (stranger, _) = servers
+    engine.hold_reading.set()
+    with ThreadPoolExecutor() as clients:
+        waiting = clients.submit(
+            service.post, "/documents", document="old text", document_id="d", pin=True, wait=True
+        )
+        wait_until(lambda: bool(engine.requests))
+        assert stranger.http.delete("/documents/d").status_code == 200
+        if new_text:
+            assert stranger.post("/documents", document=new_text, document_id="d").status_code == 202
+        if heartbeat > 1.0:
+            engine.hold_reading.clear()
+        assert waiting.result().status_code == 409
+    engine.hold_reading.clear()
+    old = (0, *ids("old text")), ""
+    assert engine.forgotten == engine.unpinned == engine.pinned == [old]
+    for server in (service, stranger):
+        answer = server.post("/generate", inputs="Why?", document_id="d")
+        assert answer.status_code == 404 if new_text is None else "new textWhy?" in answer.text
+
+
+def test_a_post_of_the_same_text_to_another_server_lets_both_read(
+    servers: list[tuple[RunningService, FakeEngine]], wait_until: WaitUntil, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "HEARTBEAT_SECONDS", 0.05)
+    (service, engine), (stranger, _) = servers
+    engine.hold_reading.set()
+    with ThreadPoolExecutor() as clients:
+        waiting = clients.submit(service.post, "/documents", document="text", document_id="d", wait=True)
+        wait_until(lambda: bool(engine.requests))
+        posted = stranger.post("/documents", document="text", document_id="d", ttl_seconds=60, wait=True)
+        time.sleep(0.2)
+        engine.hold_reading.clear()
+        assert waiting.result().json() == posted.json() and posted.json()["status"] == "ready"
+    assert engine.forgotten == []
+
+
+def test_a_pin_of_what_another_server_replaced_is_lifted_and_its_text_forgotten(
+    servers: list[tuple[RunningService, FakeEngine]],
+) -> None:
+    """By a heartbeat, or by what comes before it."""
+    (service, engine), (stranger, _) = servers
+    texts = ["one", "two", "three"]
+    for number, text in enumerate(texts):
+        server = service if number % 2 == 0 else stranger
+        server.http.delete("/documents/d")
+        assert server.post("/documents", document=text, document_id="d", pin=True, wait=True).is_success
+    assert service.http.delete("/documents/d").status_code == 200
+    assert engine.pinned == engine.unpinned == [((0, *ids(text)), "") for text in ("one", "three")]
+    assert engine.forgotten == [((0, *ids(text)), "") for text in texts]
+
+
 def test_pins_and_lifetimes_outlive_a_restart(
     engine: FakeEngine, redis_server: Any, wait_until: WaitUntil
 ) -> None:
