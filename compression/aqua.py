@@ -97,11 +97,21 @@ class AquaCodec:
         return self.layer_bytes(0, num_tokens) + last * self.layer_bytes(last, num_tokens)
 
     def encode_unchecked(self, keys: Tensor, values: Tensor, counts: Sequence[int]) -> Encoded:
-        return Encoded(self.encode(keys, values, counts))
+        check_kv(self.spec, keys, values, counts)
+        damaged = None
+        if not (is_finite(keys) and is_finite(values)):
+            damaged = (~(keys.isfinite() & values.isfinite())).any(2).any(0).int()
+            keys, values = (rows.masked_fill(damaged[:, None].bool(), 0) for rows in (keys, values))
+        return Encoded(self._encode(keys, values, counts), damaged)
 
     def encode(self, keys: Tensor, values: Tensor, counts: Sequence[int]) -> list[Tensor]:
         check_kv(self.spec, keys, values, counts)
-        check_finite(keys, values)
+        for name, rows in (("keys", keys), ("values", values)):
+            if not is_finite(rows):  # it would spread over its row and all later layers
+                raise ValueError(f"{name} hold values that are not finite")
+        return self._encode(keys, values, counts)
+
+    def _encode(self, keys: Tensor, values: Tensor, counts: Sequence[int]) -> list[Tensor]:
         pieces: list[list[Tensor]] = [[] for _ in counts]
         state = self.new_state(sum(counts), keys.device)
         for layer in range(self.spec.num_layers):
@@ -220,10 +230,7 @@ def row_blocks(state: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, tokens, step)]
 
 
-def check_finite(keys: Tensor, values: Tensor) -> None:
-    """Raise ValueError at an infinity or a NaN: it would spread over its row and all later layers."""
-    for name, tensor in (("keys", keys), ("values", values)):
-        # The extremes are finite only if all values are, and one reduction reads the tensor only once.
-        low, high = torch.aminmax(tensor)
-        if not (low.isfinite() & high.isfinite()):
-            raise ValueError(f"{name} hold values that are not finite")
+def is_finite(rows: Tensor) -> bool:
+    """Whether all values are finite. Their extremes are only then, and one reduction reads them only once."""
+    low, high = torch.aminmax(rows)
+    return bool(low.isfinite() & high.isfinite())

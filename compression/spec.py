@@ -62,4 +62,4 @@ class Encoded:
     """uint8 [segment bytes], one per segment."""
     damaged: Tensor | None = None
     """int32 [T]: not zero where a token held a value that is not finite, so that its segment must not be
-    used. None: all of them have been looked at."""
+    used. None: no token did, or the codec keeps such values."""

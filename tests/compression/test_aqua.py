@@ -211,6 +211,19 @@ def test_values_that_are_not_finite_are_refused(
         codec_of("aqua:2", spec, predictors).encode(keys, values, [5])
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_unchecked_such_values_are_marked_and_other_segments_unharmed(
+    bad: float, spec: KVSpec, make_kv: KVMaker, predictors: Predictors
+) -> None:
+    codec, (keys, values) = codec_of("aqua:2", spec, predictors), make_kv(9, 11)
+    sound = codec.encode(keys, values, [2, 4, 3])
+    assert codec.encode_unchecked(keys, values, [2, 4, 3]).damaged is None
+    keys[1, 2, 0], values[2, 3, 4] = bad, bad
+    encoded = codec.encode_unchecked(keys, values, [2, 4, 3])
+    assert encoded.damaged is not None and encoded.damaged.nonzero()[:, 0].tolist() == [2, 3]
+    assert torch.equal(encoded.bodies[0], sound[0]) and torch.equal(encoded.bodies[2], sound[2])
+
+
 def test_fingerprints_tell_codecs_apart(spec: KVSpec, predictors: Predictors) -> None:
     codecs = [
         codec_of(name, spec, predictors, dtype) for name in NAMES for dtype in (torch.float32, torch.bfloat16)
