@@ -33,7 +33,15 @@ class Encoder(Protocol):
 def sse(payload: dict[str, Any], event: str = "message") -> bytes:
     """One server-sent event with JSON in it."""
     name = b"" if event == "message" else f"event: {event}\n".encode()
-    return name + b"data:" + orjson.dumps(payload) + b"\n\n"
+    return name + b"data:" + one_line(payload) + b"\n\n"
+
+
+def one_line(payload: dict[str, Any]) -> bytes:
+    """JSON without the line ends beyond ASCII, at which many clients would cut an event in two."""
+    line = orjson.dumps(payload)
+    for end in ("\u2028", "\u2029", "\u0085"):
+        line = line.replace(end.encode(), b"\\u%04x" % ord(end))
+    return line
 
 
 async def whole_answer(

@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import ValidationError
 
 from aquifer.server.engine.types import Event, FailedEvent, FinishedEvent, FinishReason, TokenEvent
-from aquifer.server.routes.answer import AnswerStream, whole_answer
+from aquifer.server.routes.answer import AnswerStream, one_line, whole_answer
 from aquifer.server.routes.body import BodyRoute
 from aquifer.server.routes.errors import OPENAI_PREFIX, ApiError, failure, invalid, openai_problems
 from aquifer.server.routes.openai_schemas import (
@@ -150,7 +149,7 @@ class ChatEncoder(CompletionEncoder):
 
 def _data(payload: dict[str, Any]) -> bytes:
     # With a space: many hand-written clients of this dialect look for it.
-    return b"data: " + orjson.dumps(payload) + b"\n\n"
+    return b"data: " + one_line(payload) + b"\n\n"
 
 
 def _reason(reason: FinishReason) -> OpenAIFinishReason:

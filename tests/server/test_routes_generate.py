@@ -78,6 +78,17 @@ def test_stream_has_one_event_per_token_and_the_text_in_the_last(service: Runnin
     assert stream[-1]["details"]["generated_tokens"] == len(stream)
 
 
+@pytest.mark.parametrize("path", ["/generate_stream", "/v1/completions"])
+def test_an_event_stays_on_one_line_whatever_is_in_it(path: str) -> None:
+    piece = "a\u2028b\u2029c\u0085d\v\f\x1c\r\n"
+    body = {"inputs": "a"} if path == "/generate_stream" else {"prompt": "a", "stream": True}
+    with running_service(FakeEngine(lambda ids: piece)) as service:
+        lines = service.post(path, **body).text.splitlines()
+    said = [json.loads(line.removeprefix("data:")) for line in lines if line not in ("", "data: [DONE]")]
+    pieces = [one["choices"][0]["text"] if "choices" in one else one["token"]["text"] for one in said]
+    assert "".join(pieces).count(piece) > 0 and not "".join(pieces).replace(piece, "")
+
+
 @pytest.mark.parametrize("parameters", [{"max_new_tokens": 3}, {"stop": ["zz"]}, {"max_new_tokens": 1}])
 def test_stream_carries_the_details_in_the_last_tokens_event(
     service: RunningService, parameters: dict[str, Any]
