@@ -11,8 +11,9 @@ import threading
 _WEIGHT = 0.3
 """Share of the newest measurement in the estimate: follows a change of load within a few requests."""
 
-_RETRY_EVERY = 50
-"""Refused segments between two that are loaded all the same: a tier that became fast is noticed."""
+_RETRY_EVERY, _RETRY_RUN = 400, 8
+"""Of so many segments that would be refused, so many in a row are loaded all the same: a tier that became
+fast is noticed. A single one would tell how long a round trip takes, and not how fast a prompt comes."""
 
 
 class LoadGate:
@@ -40,7 +41,7 @@ class LoadGate:
             return True
         with self._lock:
             self._refused += 1
-            return self._refused % _RETRY_EVERY == 0
+            return (self._refused - 1) % _RETRY_EVERY >= _RETRY_EVERY - _RETRY_RUN
 
     def faster(self, tier: str) -> bool:
         """Whether KV in this tier is on the device sooner by loading than by computing, as far as is

@@ -177,6 +177,7 @@ class StepLoop:
             wanted = state.keys.segments[: state.plan.segments]
             if self._claims.any_of(wanted):
                 continue
+            self._prompts.forget_unstored(state)
             room = self._admission.admit(state.plan, wanted)
             if isinstance(room, str):
                 if self._limits.refuse_when_full:

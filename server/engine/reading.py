@@ -93,6 +93,18 @@ class PromptReader:
         """What it keeps of the device beside pages."""
         return self._restorer.device_bytes
 
+    def forget_unstored(self, state: RequestState) -> None:
+        """Before a document to be stored takes room: what RAM has lost of it, and the device has not, is
+        fetched or computed again, because nothing is stored from pages."""
+        if not (state.request.prompt_only and state.request.store):
+            return
+        keys, waiting = state.keys, self._writer.waiting
+        held = zip(keys.records, self._parts.store.ram.contains(keys.records), strict=True)
+        lost = {key for key, there in held if not there and key not in waiting}
+        if keys.sinks in lost:
+            lost.update(keys.segments[:1])  # they are stored together
+        self._parts.pool.forget(lost)
+
     def advance(self, state: RequestState) -> None:
         """Take one step, if there is one to take."""
         if state.restores:
@@ -131,7 +143,7 @@ class PromptReader:
         self._reader.metrics.codec_seconds.labels(op="decode").inc(seconds)
         state.restore_seconds += seconds
         if len({segment.tier for segment in group}) == 1:
-            fetch_share = state.fetch_seconds * len(group) / max(1, len(state.missing))
+            fetch_share = state.fetch_seconds * len(group) / state.fetched
             self._parts.gate.measured(group[0].tier, tokens, seconds + fetch_share)
 
     def _compute_chunk(self, state: RequestState) -> None:

@@ -70,6 +70,7 @@ class RequestState:
         )
         self.decoding: Decoding | None = None  # once the prompt has been read
         self.restores: deque[StoredSegment] = deque()
+        self.fetched = 0  # segments, of those missing
         self.spent: list[StoredSegment] = []  # restored, and not given back yet
         self.ranges: deque[tuple[int, int]] = deque()  # [start, stop) to be computed, ascending
         self.unindexed: deque[int] = deque()  # segments that selective decoding cannot find yet
@@ -128,6 +129,7 @@ class RequestState:
         need not be stored again."""
         self.phase = Phase.READING
         self.known = known
+        self.fetched = len(found)
         for segment in found:
             self._cached[segment.tier] += SEGMENT_TOKENS
             if self.cache.table.pages[segment.index] is None:

@@ -88,6 +88,11 @@ class SegmentWriter:
         """Records not in the tiers yet."""
         return len(self._jobs) + sum(len(batch.jobs) for batch in self._batches)
 
+    @property
+    def waiting(self) -> set[SegmentKey]:
+        """Keys of these records."""
+        return {job.key for jobs in (self._jobs, *(batch.jobs for batch in self._batches)) for job, _ in jobs}
+
     def add(self, jobs: Sequence[WriteJob], on_done: Callable[[], None]) -> None:
         """Queue records; on_done is called once for each of them."""
         self._jobs.extend((job, on_done) for job in jobs)

@@ -22,7 +22,8 @@ def test_refused_tier_is_tried_again_now_and_then_and_recovers() -> None:
     gate = LoadGate(always=False)
     gate.measured("computed", 1000, 1.0)
     gate.measured("redis", 100, 1.0)
-    assert any(gate.worth_loading("redis") for _ in range(100))
+    tried = [gate.worth_loading("redis") for _ in range(800)]
+    assert tried == [*[False] * 392, *[True] * 8] * 2
     for _ in range(20):
         gate.measured("redis", 100_000, 1.0)
     assert gate.worth_loading("redis")

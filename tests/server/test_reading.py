@@ -6,6 +6,7 @@ import gc
 import itertools
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from tiny_models import greedy_reference, tiny_model
 from aquifer.server.engine import reading, restore
 from aquifer.server.engine.clock import Clock
 from aquifer.server.engine.engine import Engine
+from aquifer.server.engine.fetch import Fetched, Fetcher
 from aquifer.server.engine.pages import BlockTable
 from aquifer.server.engine.restore import Restorer
 from aquifer.server.engine.state import RequestState
@@ -103,6 +105,26 @@ def test_what_is_recorded_once_is_not_timed(engine: Engine, monkeypatch: pytest.
     restorer._recorded = cast(Any, SimpleNamespace(of=lambda _: log.append("recorded") or recording))
     restorer.restore([], BlockTable([]))
     assert log == ["recorded", "started", "replayed", "stopped"]
+
+
+def test_the_time_of_a_fetch_is_shared_by_what_was_fetched(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not by what was asked for: or a tier that is asked for little would look fast."""
+    fetch, loaded = Fetcher.fetch, list[float]()
+
+    def fetch_slowly(*args: Any) -> Fetched:
+        return replace(fetch(*args), seconds=60.0)
+
+    def measured(source: str, tokens: int, seconds: float) -> None:
+        if source == "ram":
+            loaded.append(seconds)
+
+    engine.store.ram.delete(engine._keys(IDS, "").segments[1:3])
+    monkeypatch.setattr(Fetcher, "fetch", fetch_slowly)
+    monkeypatch.setattr(engine._parts.gate, "measured", measured)
+    assert submit(engine, ask(IDS)).finished.cached.ram == 3 * 256
+    assert sum(loaded) == 60.0 + 2 * 0.5  # two groups
 
 
 def test_the_first_token_goes_out_before_leases_are_given_back(engine: Engine) -> None:
