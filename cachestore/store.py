@@ -52,7 +52,6 @@ class TieredStore:
         verify: Callable[[memoryview, bytes], None],
         *,
         write_behind_bytes: int = 256 << 20,
-        write_behind_threads: int = 1,
         close_seconds: float = 10.0,
     ) -> None:
         self.ram = ram
@@ -72,7 +71,6 @@ class TieredStore:
             self._write_behind = WriteBehind(
                 redis,
                 capacity_bytes=min(write_behind_bytes, max(ram.slot_bytes, ram.buffer.nbytes // 2)),
-                threads=write_behind_threads,
             )
 
     def get(self, keys: Sequence[SegmentKey]) -> list[Lease | None]:

@@ -16,14 +16,14 @@ log = structlog.get_logger(__name__)
 
 
 class WriteBehind:
-    """A queue bounded in bytes, and the threads that empty it into a tier.
+    """A queue bounded in bytes, and the thread that empties it into a tier.
 
     Queued records are leases: nothing is copied, and an arena slot cannot be evicted before its
     record is on its way. A tier that is down refuses at once, so during an outage the
     queue empties instead of growing.
     """
 
-    def __init__(self, tier: Tier, *, capacity_bytes: int, threads: int = 1) -> None:
+    def __init__(self, tier: Tier, *, capacity_bytes: int) -> None:
         self._tier = tier
         self._capacity_bytes = capacity_bytes
         self._waiting: OrderedDict[SegmentKey, Lease] = OrderedDict()
@@ -32,12 +32,8 @@ class WriteBehind:
         self._dropped = 0
         self._closed = False
         self._changed = threading.Condition()
-        self._threads = [
-            threading.Thread(target=self._work, name=f"{tier.name}-write", daemon=True)
-            for _ in range(threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._thread = threading.Thread(target=self._work, name=f"{tier.name}-write", daemon=True)
+        self._thread.start()
 
     @property
     def dropped(self) -> int:
@@ -77,7 +73,7 @@ class WriteBehind:
             return self._changed.wait_for(lambda: not self._waiting and not self._writing, timeout)
 
     def close(self, timeout: float) -> None:
-        """Drain for at most `timeout` seconds, drop and count the rest, and stop the threads."""
+        """Drain for at most `timeout` seconds, drop and count the rest, and stop the thread."""
         deadline = time.monotonic() + timeout
         self.flush(timeout)
         with self._changed:
@@ -86,9 +82,8 @@ class WriteBehind:
             while self._waiting:
                 self._forget(self._waiting.popitem()[1])
             self._changed.notify_all()
-        for thread in self._threads:
-            # One write may still be stuck in a socket timeout; a daemon thread may be left behind.
-            thread.join(max(0.1, deadline - time.monotonic()))
+        # A write may still be stuck in a socket timeout; a daemon thread may be left behind.
+        self._thread.join(max(0.1, deadline - time.monotonic()))
 
     def _forget(self, lease: Lease) -> None:
         self._queued_bytes -= lease.data.nbytes

@@ -18,9 +18,6 @@ from torch import Tensor
 
 from aquifer.kernels.triton.checks import expect, expect_power_of_two
 
-SLICE_ALIGNMENT = 16
-"""Slices and their places begin at multiples of so many bytes: the widest load of a thread."""
-
 
 @triton.jit
 def _gather(
@@ -33,7 +30,8 @@ def _gather(
     chunks_per_slice: tl.tensor,
     WORDS: tl.constexpr,
 ) -> None:
-    """Chunks of WORDS words of 4 bytes, in turns with the other programs."""
+    """Chunks of WORDS words of 4 bytes, in turns with the other programs. Slices and their places begin at
+    multiples of 16 bytes, the widest load of a thread."""
     lane = tl.arange(0, WORDS)
     chunk = tl.program_id(0)
     while chunk < num_chunks:

@@ -24,7 +24,6 @@ from aquifer.server.engine.admission import Admission
 from aquifer.server.engine.host_memory import until_idle
 from aquifer.server.engine.loop import StepLoop
 from aquifer.server.engine.parts import EngineParts
-from aquifer.server.engine.records import prompt_usage
 from aquifer.server.engine.state import RequestState
 from aquifer.server.engine.types import (
     EngineInfo,
@@ -33,7 +32,6 @@ from aquifer.server.engine.types import (
     FailedEvent,
     FinishedEvent,
     GenerateRequest,
-    KVUsage,
     Sink,
 )
 
@@ -147,10 +145,6 @@ class Engine:
                 return False
             time.sleep(0.005)
         return self.store.flush(max(0.0, deadline - time.monotonic()))
-
-    def stored_usage(self, num_tokens: int) -> KVUsage:
-        """What a prompt of so many tokens takes in the tiers."""
-        return prompt_usage(self._parts.codec, self._parts.raw, num_tokens, "resident")
 
     def load(self) -> EngineLoad:
         """A snapshot of what is going on."""
