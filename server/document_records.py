@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 import zlib
 from array import array
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -81,6 +81,19 @@ class DocumentRecords:
     def save(self, document: Document) -> None:
         """Keep a state for the rest of the document's lifetime."""
         self._put(document, "state", orjson.dumps(asdict(document)))
+
+    def update(self, document: Document) -> bool:
+        """Keep the newest state of a reading. False: meanwhile the document was deleted, or replaced by
+        another text. If the same text was posted elsewhere since, that post's state stays until this one is
+        ready."""
+        known = self.find(*document.place)
+        if known is None or known.digest != document.digest:
+            return False
+        if known.created == document.created:
+            self.save(document)
+        elif document.status == "ready":
+            self.save(replace(document, created=known.created, pinned=known.pinned, expires=known.expires))
+        return True
 
     def save_tokens(self, document: Document, packed: bytes) -> None:
         """Keep a document's tokens, as `pack` gives them, as long. Raises ValueError if they are too many."""

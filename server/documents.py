@@ -13,7 +13,7 @@ import asyncio
 import time
 import uuid
 from array import array
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -59,10 +59,13 @@ Reading = asyncio.Task[FailedEvent | None]
 
 @dataclass
 class _Reading:
-    """A document this process is reading. `document` is its newest state."""
+    """A document this process is reading. document: its newest state; ending: it is being settled, and must
+    not be disturbed."""
 
     document: Document
     task: Reading
+    ending: bool = False
+    saving: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,7 @@ class Documents:
             reading = self._readings.get(place)
             if reading is not None:
                 reading.document = document = replace(reading.document, pinned=pin, expires=document.expires)
+                await self._save(reading)  # or its state would expire as it was posted first
             await asyncio.to_thread(self._records.save_tokens, document, packed)
             self._schedule(document, packed)
             if pin:
@@ -222,14 +226,16 @@ class Documents:
                     elif isinstance(event, ProgressEvent):
                         now(status="reading", done_tokens=event.done_tokens)
                     if time.time() - reading.document.updated > HEARTBEAT_SECONDS:
-                        stands = await self._save(now(updated=time.time()))
+                        now(updated=time.time())
+                        stands = await self._save(reading)
         finally:
-            if _ended(reading.document, end).status != "ready":
+            reading.ending = True
+            reading.document = _ended(reading.document, end)
+            if reading.document.status != "ready":
                 await self._let_go(place)
             saved = None
-            # A post that joins meanwhile changes its lifetime.
-            while stands and saved != (ended := _ended(reading.document, end)):
-                stands, saved = await self._save(ended), ended
+            while stands and saved != reading.document:  # a post that joins meanwhile changes its lifetime
+                saved, stands = reading.document, await self._save(reading)
             if not stands:
                 self._unschedule(place)
                 await self._let_go(place)
@@ -239,16 +245,10 @@ class Documents:
             raise asyncio.CancelledError  # as where it is deleted here
         return end if isinstance(end, FailedEvent) else None
 
-    async def _save(self, document: Document) -> bool:
-        """Keep the state of a reading. False: another server has deleted the document, or replaced it.
-
-        Where one has posted the same text since, the state is that of its reading."""
-        known = await asyncio.to_thread(self._records.find, *document.place)
-        if known is None or known.digest != document.digest:
-            return False
-        if known.created == document.created:
-            await asyncio.to_thread(self._records.save, document)
-        return True
+    async def _save(self, reading: _Reading) -> bool:
+        """Keep the newest state of a reading. False: another server has deleted or replaced the document."""
+        async with reading.saving:
+            return await asyncio.to_thread(self._records.update, reading.document)
 
     async def _find(self, place: Place) -> Document | None:
         reading = self._readings.get(place)
@@ -274,9 +274,13 @@ class Documents:
     async def _stop(self, place: Place) -> None:
         """End the reading of a document and its expiry, if this process has them."""
         self._unschedule(place)
+        await self._end(place)
+
+    async def _end(self, place: Place) -> None:
         reading = self._readings.get(place)
         if reading is not None:
-            reading.task.cancel()
+            if not reading.ending:
+                reading.task.cancel()
             await asyncio.wait([reading.task])
             self._readings.pop(place, None)
 
@@ -320,8 +324,9 @@ class Documents:
             if same is not None and same.expires != document.expires:  # posted again, maybe elsewhere
                 self._schedule(same, packed)
                 return
-            await self._stop(place)
-            await self._let_go(place)
+            if current is None or same is not None:  # or else the id is another text's by now
+                await self._stop(place)
+                await self._let_go(place)
             deleted = await self._forget(packed, document.salt)
         log.info("document expired", document_id=document.document_id, deleted_segments=deleted)
 
@@ -356,7 +361,12 @@ class Documents:
 
     async def _check(self, place: Place) -> None:
         """Let go of a document that another server has deleted, replaced by another text, or unpinned."""
-        pin, document = self._pins.get(place), await self._find(place)
+        document, reading = await asyncio.to_thread(self._records.find, *place), self._readings.get(place)
+        if reading is not None and (document is None or document.digest != reading.document.digest):
+            await self._end(place)  # which forgets it
+        elif reading is not None:
+            document = reading.document
+        pin = self._pins.get(place)
         if pin is None:
             return
         replaced = document is None or document.digest != pin.digest

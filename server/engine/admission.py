@@ -14,7 +14,7 @@ starts, so that a running one can never be stopped by a lack of it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from aquifer.cachestore.keys import SegmentKey
@@ -95,15 +95,19 @@ class Admission:
         reasons = "; ".join(f"{plan.mode}: {self._obstacle(plan)}" for plan in plans)
         return FailedEvent("too_long", f"the KV of this prompt of {prompt:,} tokens does not fit. {reasons}")
 
-    def admit(self, plan: Plan, wanted: Sequence[SegmentKey]) -> Room | str:
+    def admit(
+        self, plan: Plan, wanted: Sequence[SegmentKey], unshared: Collection[SegmentKey] = ()
+    ) -> Room | str:
         """Take room for a request whose reusable segments are `wanted`, or say what there is too little of
-        now. Nothing is evicted for a request that cannot start."""
+        now. Nothing is evicted for a request that cannot start.
+
+        unshared: of those, what it does not take from the device even if it is there."""
         host_keys = [] if plan.resident else list(wanted)
         records = len(self._host_users.keys() | set(host_keys)) + 1  # and the sinks
         if host_keys and records > self._arena_slots:
             return f"{records:,} records in RAM, the arena holds {self._arena_slots:,} (AQUIFER_RAM_BYTES)"
         pool, index = self._pool, self._index
-        pages = [pool.acquire(key) for key in wanted]
+        pages = [None if key in unshared else pool.acquire(key) for key in wanted]
         index_pages = [index.acquire(key) for key in wanted[: plan.index_pages]]
         own = plan.own_pages + plan.row_pages
         if not plan.resident:

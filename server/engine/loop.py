@@ -177,8 +177,8 @@ class StepLoop:
             wanted = state.keys.segments[: state.plan.segments]
             if self._claims.any_of(wanted):
                 continue
-            self._prompts.forget_unstored(state)
-            room = self._admission.admit(state.plan, wanted)
+            state.lost = self._prompts.lost(state)
+            room = self._admission.admit(state.plan, wanted, state.lost)
             if isinstance(room, str):
                 if self._limits.refuse_when_full:
                     self._refuse(state, room)

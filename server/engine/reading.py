@@ -42,10 +42,11 @@ class Claims:
         return any(key in self._owners for key in keys)
 
     def add(self, state: RequestState) -> None:
-        """Claim what an admitted request will produce, unless another one does already."""
+        """Claim what an admitted request will produce and nobody else has or produces."""
         segments = state.keys.segments
         for index in (*state.missing, *state.unindexed, *range(state.plan.segments, len(segments))):
-            self._owners.setdefault(segments[index], state)
+            if segments[index] not in state.lost:
+                self._owners.setdefault(segments[index], state)
 
     def drop(self, state: RequestState, indices: Iterable[int]) -> None:
         """Let others start that need these segments, if all that this request makes of them is there."""
@@ -93,17 +94,17 @@ class PromptReader:
         """What it keeps of the device beside pages."""
         return self._restorer.device_bytes
 
-    def forget_unstored(self, state: RequestState) -> None:
-        """Before a document to be stored takes room: what RAM has lost of it, and the device has not, is
-        fetched or computed again, because nothing is stored from pages."""
-        if not (state.request.prompt_only and state.request.store):
-            return
-        keys, waiting = state.keys, self._writer.waiting
-        held = zip(keys.records, self._parts.store.ram.contains(keys.records), strict=True)
-        lost = {key for key, there in held if not there and key not in waiting}
+    def lost(self, state: RequestState) -> set[SegmentKey]:
+        """Of a document to be stored, what RAM does not hold, though it has room for all: it is fetched or
+        computed even if the device has it, because nothing is stored from pages."""
+        keys, ram = state.keys, self._parts.store.ram
+        if not (state.request.prompt_only and state.request.store) or len(keys.records) > ram.num_slots:
+            return set()
+        held = zip(keys.records, ram.contains(keys.records), strict=True)
+        lost = {key for key, there in held if not there}.difference(self._writer.waiting)
         if keys.sinks in lost:
             lost.update(keys.segments[:1])  # they are stored together
-        self._parts.pool.forget(lost)
+        return lost
 
     def advance(self, state: RequestState) -> None:
         """Take one step, if there is one to take."""

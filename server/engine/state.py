@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from aquifer.cachestore.keys import PromptKeys
+from aquifer.cachestore.keys import PromptKeys, SegmentKey
 from aquifer.compression.spec import SEGMENT_TOKENS
 from aquifer.server.engine.admission import Plan, Room
 from aquifer.server.engine.decoding import Decoding
@@ -76,7 +76,8 @@ class RequestState:
         self.unindexed: deque[int] = deque()  # segments that selective decoding cannot find yet
         self.cells: OwnCells | None = None  # for their rows, if they all go there
         self.missing: list[int] = []  # reusable segments that are not on the device
-        self.known: set[int] = set()  # segments that some tier holds already
+        self.lost: set[SegmentKey] = set()  # segments that the device may have, and RAM should
+        self.known: set[int] = set()  # segments that need not be stored
         self.forgotten: set[int] = set()  # segments that are nobody else's any more: they are kept nowhere
         self.read = False  # whether all of the prompt stands
         self.first_choice: Choice | None = None
@@ -126,9 +127,9 @@ class RequestState:
     def plan_reading(self, found: Sequence[StoredSegment], known: set[int]) -> None:
         """found: those missing segments that were fetched; they go into their pages, or are read from where
         they are if they have none. The other ones, and the tail, are to be computed. known: segments that
-        need not be stored again."""
+        some tier holds; what is in Redis only is stored again for a document, which is to be in RAM."""
         self.phase = Phase.READING
-        self.known = known
+        self.known = {segment.index for segment in found} if self.request.prompt_only else known
         self.fetched = len(found)
         for segment in found:
             self._cached[segment.tier] += SEGMENT_TOKENS

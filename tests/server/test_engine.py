@@ -186,19 +186,6 @@ def test_a_document_that_redis_lost_is_there_again_when_it_was_asked_about(
         wait_until(lambda: redis.contains(keys) == [True] * 4)
 
 
-def test_a_document_that_ram_lost_is_stored_again_when_it_is_posted_again(make_engine: MakeEngine) -> None:
-    """Though the device has all of it, from which a question is answered."""
-    engine = make_engine(tiny_model("llama"))
-    ids = prompt(12, 1000)
-    engine.generate([ask(ids, 0)])
-    sinks, *segments = engine._keys(ids, "").records
-    for lost, recomputed in ([sinks], 1), (segments[1:2], 1), ([sinks, *segments], 3), ([], 0):
-        engine.store.ram.delete(lost)
-        assert answer(engine, ask(ids))[1].cached.gpu == 768
-        assert engine.generate([ask(ids, 0)])[0].computed_tokens == 256 * recomputed
-        assert engine.store.ram.contains([sinks, *segments]) == [True] * 4
-
-
 def test_what_another_document_has_pinned_is_not_forgotten_with_this_one(make_engine: MakeEngine) -> None:
     engine = make_engine(tiny_model("llama"), keep=False)
     whole = prompt(12, 1300)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -162,14 +163,15 @@ def test_posts_of_what_is_being_read_join_it_and_set_its_lifetime(
 
     def post(ttl_seconds: float) -> httpx.Response:
         return service.post(
-            "/documents", document="text", document_id="d", ttl_seconds=ttl_seconds, wait=True
+            "/documents", document="text", document_id="d", ttl_seconds=ttl_seconds, wait=True, pin=True
         )
 
-    with ThreadPoolExecutor() as clients:
-        first = clients.submit(post, 0.3)
+    with ThreadPoolExecutor(max_workers=4) as clients:
+        first = clients.submit(post, 0.5)
         wait_until(lambda: bool(engine.requests))
         others = [clients.submit(post, 60.0) for _ in range(3)]
-        wait_until(lambda: service.http.get("/documents/d").json()["expires"] > time.time() + 30)
+        wait_until(lambda: len(engine.pinned) == 4)
+        time.sleep(0.6)  # the first post's lifetime is over
         engine.hold_reading.clear()
         answers = [future.result() for future in (first, *others)]
     assert [answer.json()["status"] for answer in answers] == ["ready"] * 4
@@ -256,105 +258,31 @@ def test_tenants_do_not_see_each_others_documents(engine: FakeEngine) -> None:
     assert len({request.cache_salt for request in engine.requests}) == 2
 
 
-def test_another_server_on_the_same_redis_answers_by_id(redis_server: Any) -> None:
-    first, second = (FakeEngine(tiny_tokenizer().decode) for _ in range(2))
-    with running_service(first, redis_url=redis_server.url) as service:
-        service.post("/documents", document="Crate 12 left.", document_id="c", wait=True)
-    with running_service(second, redis_url=redis_server.url) as service:
-        assert status(service, "c") == "ready"
-        assert service.post("/generate", inputs="", document_id="c").status_code == 422
-        answer = service.post("/generate", inputs="Why?", document_id="c").json()
-    assert answer["generated_text"] == "Crate 12 left.Why?"
-
-
-def test_a_delete_on_another_server_lifts_the_pin_here(
-    engine: FakeEngine, redis_server: Any, wait_until: WaitUntil, monkeypatch: pytest.MonkeyPatch
+def test_a_lifetime_that_ends_while_another_text_is_posted_does_not_end_that_one(
+    engine: FakeEngine, service: RunningService, wait_until: WaitUntil, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents, "HEARTBEAT_SECONDS", 0.02)
-    other = FakeEngine(tiny_tokenizer().decode)
-    with (
-        running_service(engine, redis_url=redis_server.url) as service,
-        running_service(other, redis_url=redis_server.url) as stranger,
-    ):
-        service.post("/documents", document="text", document_id="d", pin=True, wait=True)
-        time.sleep(0.1)
-        assert engine.unpinned == []
-        assert stranger.http.delete("/documents/d").status_code == 200
-        wait_until(lambda: engine.forgotten == engine.pinned)
-        assert engine.unpinned == engine.pinned and other.unpinned == []
+    """Both wait for the deletion of a third document."""
+    forget, slow = engine.forget, threading.Event()
 
+    def forget_slowly(token_ids: Sequence[int], cache_salt: str) -> int:
+        slow.set()
+        time.sleep(1.0)
+        return forget(token_ids, cache_salt)
 
-@pytest.fixture
-def servers(redis_server: Any) -> Iterator[list[tuple[RunningService, FakeEngine]]]:
-    """Two, on one Redis."""
-    engines = [FakeEngine(tiny_tokenizer().decode) for _ in range(2)]
-    with (
-        running_service(engines[0], redis_url=redis_server.url) as one,
-        running_service(engines[1], redis_url=redis_server.url) as two,
-    ):
-        yield [(one, engines[0]), (two, engines[1])]
-
-
-@pytest.mark.parametrize("heartbeat", [0.05, 10.0], ids=["noticed while it is read", "noticed at the end"])
-@pytest.mark.parametrize("new_text", ["new text", None])
-def test_what_another_server_deletes_or_replaces_while_it_is_read_here_stays_so(
-    heartbeat: float,
-    new_text: str | None,
-    servers: list[tuple[RunningService, FakeEngine]],
-    wait_until: WaitUntil,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(documents, "HEARTBEAT_SECONDS", heartbeat)
-    (service, engine), (stranger, _) = servers
-    engine.hold_reading.set()
-    with ThreadPoolExecutor() as clients:
-        waiting = clients.submit(
-            service.post, "/documents", document="old text", document_id="d", pin=True, wait=True
+    for name, lifetime in (("other", None), ("d", 0.8)):
+        service.post("/documents", document=f"{name} text", document_id=name, ttl_seconds=lifetime, wait=True)
+    with monkeypatch.context() as slowly, ThreadPoolExecutor() as clients:
+        slowly.setattr(engine, "forget", forget_slowly)
+        deleting = clients.submit(service.http.delete, "/documents/other")
+        assert slow.wait(10)
+        slowly.setattr(engine, "forget", forget)
+        posted = clients.submit(
+            service.post, "/documents", document="new", document_id="d", pin=True, wait=True
         )
-        wait_until(lambda: bool(engine.requests))
-        assert stranger.http.delete("/documents/d").status_code == 200
-        if new_text:
-            assert stranger.post("/documents", document=new_text, document_id="d").status_code == 202
-        if heartbeat > 1.0:
-            engine.hold_reading.clear()
-        assert waiting.result().status_code == 409
-    engine.hold_reading.clear()
-    old = (0, *ids("old text")), ""
-    assert engine.forgotten == engine.unpinned == engine.pinned == [old]
-    for server in (service, stranger):
-        answer = server.post("/generate", inputs="Why?", document_id="d")
-        assert answer.status_code == 404 if new_text is None else "new textWhy?" in answer.text
-
-
-def test_a_post_of_the_same_text_to_another_server_lets_both_read(
-    servers: list[tuple[RunningService, FakeEngine]], wait_until: WaitUntil, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(documents, "HEARTBEAT_SECONDS", 0.05)
-    (service, engine), (stranger, _) = servers
-    engine.hold_reading.set()
-    with ThreadPoolExecutor() as clients:
-        waiting = clients.submit(service.post, "/documents", document="text", document_id="d", wait=True)
-        wait_until(lambda: bool(engine.requests))
-        posted = stranger.post("/documents", document="text", document_id="d", ttl_seconds=60, wait=True)
-        time.sleep(0.2)
-        engine.hold_reading.clear()
-        assert waiting.result().json() == posted.json() and posted.json()["status"] == "ready"
-    assert engine.forgotten == []
-
-
-def test_a_pin_of_what_another_server_replaced_is_lifted_and_its_text_forgotten(
-    servers: list[tuple[RunningService, FakeEngine]],
-) -> None:
-    """By a heartbeat, or by what comes before it."""
-    (service, engine), (stranger, _) = servers
-    texts = ["one", "two", "three"]
-    for number, text in enumerate(texts):
-        server = service if number % 2 == 0 else stranger
-        server.http.delete("/documents/d")
-        assert server.post("/documents", document=text, document_id="d", pin=True, wait=True).is_success
-    assert service.http.delete("/documents/d").status_code == 200
-    assert engine.pinned == engine.unpinned == [((0, *ids(text)), "") for text in ("one", "three")]
-    assert engine.forgotten == [((0, *ids(text)), "") for text in texts]
+        assert deleting.result().is_success and posted.result().is_success
+    wait_until(lambda: ((0, *ids("d text")), "") in engine.forgotten)
+    assert status(service, "d") == "ready" and engine.unpinned == []
+    assert len(engine.forgotten) == 2
 
 
 def test_pins_and_lifetimes_outlive_a_restart(
@@ -407,19 +335,6 @@ def test_a_reading_whose_server_died_is_found_interrupted(
                 "interrupted while it was read; post it again",
             )
             assert service.post("/generate", inputs="a", document_id="d").status_code == 200
-
-
-def test_progress_is_visible_from_another_server(
-    engine: FakeEngine, redis_server: Any, wait_until: WaitUntil, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(documents, "HEARTBEAT_SECONDS", 0.02)
-    engine.hold_reading.set()
-    with running_service(engine, redis_url=redis_server.url) as reading:
-        reading.post("/documents", document="Crate 12 left.", document_id="d")
-        other = FakeEngine(tiny_tokenizer().decode)
-        with running_service(other, redis_url=redis_server.url) as service:
-            wait_until(lambda: status(service, "d") == "reading")
-            assert service.http.get("/documents/d").json()["progress"] > 0
 
 
 def test_a_client_that_leaves_does_not_stop_the_reading(

@@ -1,0 +1,187 @@
+"""Documents on two servers that share a Redis: what one does, the other finds out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from fake_engine import FakeEngine
+from http_service import RunningService, running_service
+from tiny_tokenizer import tiny_tokenizer
+
+from aquifer.server import documents
+from aquifer.server.engine.types import FailedEvent
+
+WaitUntil = Callable[[Callable[[], bool]], None]
+Servers = list[tuple[RunningService, FakeEngine]]
+
+
+@pytest.fixture
+def heartbeat(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Seconds between two looks at the records; 10, as in the service, where a test says nothing."""
+    seconds = float(getattr(request, "param", documents.HEARTBEAT_SECONDS))
+    monkeypatch.setattr(documents, "HEARTBEAT_SECONDS", seconds)
+    return seconds
+
+
+@pytest.fixture
+def servers(heartbeat: float, redis_server: Any) -> Iterator[Servers]:
+    engines = [FakeEngine(tiny_tokenizer().decode) for _ in range(2)]
+    with (
+        running_service(engines[0], redis_url=redis_server.url) as one,
+        running_service(engines[1], redis_url=redis_server.url) as two,
+    ):
+        yield [(one, engines[0]), (two, engines[1])]
+
+
+def ids(text: str) -> tuple[int, ...]:
+    return tuple(tiny_tokenizer().encode(text, add_special_tokens=False))
+
+
+def status(service: RunningService, document_id: str) -> str:
+    return str(service.http.get(f"/documents/{document_id}").json()["status"])
+
+
+def test_another_server_on_the_same_redis_answers_by_id(redis_server: Any) -> None:
+    first, second = (FakeEngine(tiny_tokenizer().decode) for _ in range(2))
+    with running_service(first, redis_url=redis_server.url) as service:
+        service.post("/documents", document="Crate 12 left.", document_id="c", wait=True)
+    with running_service(second, redis_url=redis_server.url) as service:
+        assert status(service, "c") == "ready"
+        assert service.post("/generate", inputs="", document_id="c").status_code == 422
+        answer = service.post("/generate", inputs="Why?", document_id="c").json()
+    assert answer["generated_text"] == "Crate 12 left.Why?"
+
+
+@pytest.mark.parametrize("heartbeat", [0.05], indirect=True)
+def test_a_delete_on_another_server_lifts_the_pin_here(servers: Servers, wait_until: WaitUntil) -> None:
+    (service, engine), (stranger, other) = servers
+    service.post("/documents", document="text", document_id="d", pin=True, wait=True)
+    time.sleep(0.2)
+    assert engine.unpinned == []
+    assert stranger.http.delete("/documents/d").status_code == 200
+    wait_until(lambda: engine.forgotten == engine.pinned)
+    assert engine.unpinned == engine.pinned and other.unpinned == []
+
+
+@pytest.mark.parametrize(
+    "heartbeat", [0.05, 10.0], ids=["noticed while it is read", "noticed at the end"], indirect=True
+)
+@pytest.mark.parametrize("new_text", ["new text", None])
+def test_what_another_server_deletes_or_replaces_while_it_is_read_here_stays_so(
+    heartbeat: float, new_text: str | None, servers: Servers, wait_until: WaitUntil
+) -> None:
+    (service, engine), (stranger, _) = servers
+    engine.hold_reading.set()
+    with ThreadPoolExecutor() as clients:
+        waiting = clients.submit(
+            service.post, "/documents", document="old text", document_id="d", pin=True, wait=True
+        )
+        wait_until(lambda: bool(engine.requests))
+        assert stranger.http.delete("/documents/d").status_code == 200
+        if new_text:
+            assert stranger.post("/documents", document=new_text, document_id="d").status_code == 202
+        if heartbeat > 1.0:
+            engine.hold_reading.clear()
+        assert waiting.result().status_code == 409
+    engine.hold_reading.clear()
+    old = (0, *ids("old text")), ""
+    assert engine.forgotten == engine.unpinned == engine.pinned == [old]
+    for server in (service, stranger):
+        answer = server.post("/generate", inputs="Why?", document_id="d")
+        assert answer.status_code == 404 if new_text is None else "new textWhy?" in answer.text
+
+
+@pytest.mark.parametrize("text", ["old text", "new text"])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_post_finds_out_what_another_server_did_to_what_is_read_here(
+    text: str, replaced: bool, servers: Servers, wait_until: WaitUntil
+) -> None:
+    """Before the reading itself does."""
+    (service, engine), (stranger, _) = servers
+    engine.hold_reading.set()
+    service.post("/documents", document="old text", document_id="d", pin=True)
+    stranger.http.delete("/documents/d")
+    if replaced:
+        assert stranger.post("/documents", document="new text", document_id="d", wait=True).is_success
+    conflicts = replaced and text == "old text"
+    posted = service.post("/documents", document=text, document_id="d", pin=True)
+    assert posted.status_code == (409 if conflicts else 202)
+    engine.hold_reading.clear()
+    wait_until(lambda: status(service, "d") == "ready")
+    now = "new text" if replaced else text
+    for server in (service, stranger):
+        answer = server.post("/generate", inputs="Why?", document_id="d").json()
+        assert answer["generated_text"] == f"{now}Why?"
+    old = (0, *ids("old text")), ""
+    assert engine.forgotten == engine.unpinned == [old] and engine.pinned[0] == old
+
+
+@pytest.mark.parametrize("heartbeat", [0.05], indirect=True)
+@pytest.mark.parametrize("first_ends", ["here", "there", "here, because it is refused there"])
+def test_a_post_of_the_same_text_to_another_server_lets_both_read(
+    first_ends: str, servers: Servers, wait_until: WaitUntil
+) -> None:
+    (service, engine), (stranger, other) = servers
+
+    def post(server: RunningService, **fields: Any) -> httpx.Response:
+        return server.post("/documents", document="text", document_id="d", wait=True, **fields)
+
+    engine.hold_reading.set()
+    with ThreadPoolExecutor() as clients:
+        here = clients.submit(post, service)
+        wait_until(lambda: bool(engine.requests))
+        if first_ends == "there":
+            there = clients.submit(post, stranger, ttl_seconds=60)
+            assert there.result().json()["status"] == "ready"
+        elif first_ends == "here":
+            other.hold_reading.set()
+            there = clients.submit(post, stranger, ttl_seconds=60)
+            wait_until(lambda: bool(other.requests))
+        else:
+            other.refuse_with = FailedEvent("overloaded", "busy")
+            there = clients.submit(post, stranger, ttl_seconds=60)
+            assert there.result().status_code == 429
+        time.sleep(0.2)  # some heartbeats
+        engine.hold_reading.clear()
+        assert here.result().json()["status"] == "ready" and here.result().json()["expires"] is not None
+        other.hold_reading.clear()
+        there.result()
+        assert status(service, "d") == status(stranger, "d") == "ready"
+    assert engine.forgotten == other.forgotten == []
+
+
+@pytest.mark.parametrize(
+    ("by", "heartbeat"),
+    [("a heartbeat", 0.05), ("a post", 10.0), ("a delete", 10.0)],
+    indirect=["heartbeat"],
+)
+def test_a_pin_of_what_another_server_replaced_is_lifted_and_its_text_forgotten(
+    by: str, servers: Servers, wait_until: WaitUntil
+) -> None:
+    (service, engine), (stranger, _) = servers
+    time.sleep(0.2)  # the first look at the records is over
+    old, new = (((0, *ids(text)), "") for text in ("old text", "new text"))
+    assert service.post("/documents", document="old text", document_id="d", pin=True, wait=True).is_success
+    stranger.http.delete("/documents/d")
+    assert stranger.post("/documents", document="new text", document_id="d", wait=True).is_success
+    if by == "a post":
+        assert service.post("/documents", document="new text", document_id="d", wait=True).is_success
+    elif by == "a delete":
+        assert service.http.delete("/documents/d").status_code == 200
+    wait_until(lambda: len(engine.forgotten) == 1 + (by == "a delete"))
+    assert engine.forgotten == ([old, new] if by == "a delete" else [old])
+    assert engine.unpinned == engine.pinned == [old]
+
+
+@pytest.mark.parametrize("heartbeat", [0.05], indirect=True)
+def test_progress_is_visible_from_another_server(servers: Servers, wait_until: WaitUntil) -> None:
+    (service, engine), (stranger, _) = servers
+    engine.hold_reading.set()
+    service.post("/documents", document="Crate 12 left.", document_id="d")
+    wait_until(lambda: status(stranger, "d") == "reading")
+    assert stranger.http.get("/documents/d").json()["progress"] > 0
