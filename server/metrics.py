@@ -21,10 +21,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from aquifer.cachestore.tier import TierStats
-from aquifer.server.engine.types import EngineLoad
 
 if TYPE_CHECKING:
     from aquifer.server.engine.engine import Engine
+    from aquifer.server.engine.types import EngineLoad
 
 # One more series per counter, with the time it was made: nobody asks for it.
 disable_created_metrics()
