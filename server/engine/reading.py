@@ -95,16 +95,16 @@ class PromptReader:
         return self._restorer.device_bytes
 
     def lost(self, state: RequestState) -> set[SegmentKey]:
-        """Of a document to be stored, what RAM does not hold, though it has room for all: it is fetched or
-        computed even if the device has it, because nothing is stored from pages."""
-        keys, ram = state.keys, self._parts.store.ram
+        """Of a document to be stored, what the device has and RAM has not, though it has room for all: it is
+        fetched or computed, because nothing is stored from pages."""
+        keys, ram, pool = state.keys, self._parts.store.ram, self._parts.pool
         if not (state.request.prompt_only and state.request.store) or len(keys.records) > ram.num_slots:
             return set()
         held = zip(keys.records, ram.contains(keys.records), strict=True)
         lost = {key for key, there in held if not there}.difference(self._writer.waiting)
         if keys.sinks in lost:
             lost.update(keys.segments[:1])  # they are stored together
-        return lost
+        return {key for key in lost if pool.holds(key)}
 
     def advance(self, state: RequestState) -> None:
         """Take one step, if there is one to take."""

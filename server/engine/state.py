@@ -76,7 +76,7 @@ class RequestState:
         self.unindexed: deque[int] = deque()  # segments that selective decoding cannot find yet
         self.cells: OwnCells | None = None  # for their rows, if they all go there
         self.missing: list[int] = []  # reusable segments that are not on the device
-        self.lost: set[SegmentKey] = set()  # segments that the device may have, and RAM should
+        self.lost: set[SegmentKey] = set()  # segments that the device has, and RAM should
         self.known: set[int] = set()  # segments that need not be stored
         self.forgotten: set[int] = set()  # segments that are nobody else's any more: they are kept nowhere
         self.read = False  # whether all of the prompt stands

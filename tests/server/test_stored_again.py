@@ -10,7 +10,7 @@ from tiny_models import tiny_model
 
 from aquifer.cachestore import RedisLink, RedisTier
 from aquifer.server.engine.engine import Engine
-from aquifer.server.engine.types import Event, FailedEvent, TokenEvent
+from aquifer.server.engine.types import Event, FailedEvent, ProgressEvent, TokenEvent
 
 MakeEngine = Callable[..., Engine]
 
@@ -44,6 +44,19 @@ def test_what_redis_has_comes_from_there_or_is_computed_where_that_is_faster(
         last = engine.generate([ask(ids, 0)])[0]
         assert (last.cached.redis, last.computed_tokens) == ((768, 0) if redis_pays else (0, 768))
         assert engine.store.ram.contains(keys) == [True] * 4
+
+
+def test_a_question_waits_for_the_document_that_is_being_read_and_shares_it(make_engine: MakeEngine) -> None:
+    engine = make_engine(tiny_model("llama"), chunk_tokens=256)
+    ids, answered = prompt(12, 7 * 256), Events()
+    questions = [ask(ids + prompt(13, 10))]
+
+    def ask_meanwhile(event: Event) -> None:
+        if isinstance(event, ProgressEvent) and questions:
+            engine.submit(questions.pop(), answered)
+
+    assert submit(engine, ask(ids, 0), ask_meanwhile).finished.computed_tokens == 7 * 256
+    assert answered.finished.computed_tokens == 10
 
 
 def test_what_ram_has_no_room_for_is_not_read_again_in_vain(make_engine: MakeEngine) -> None:
