@@ -96,22 +96,19 @@ class AquaCodec:
         last = self.spec.num_layers - 1
         return self.layer_bytes(0, num_tokens) + last * self.layer_bytes(last, num_tokens)
 
+    def encode(self, keys: Tensor, values: Tensor, counts: Sequence[int]) -> list[Tensor]:
+        encoded = self.encode_unchecked(keys, values, counts)
+        if encoded.damaged is not None and encoded.damaged.any():
+            raise ValueError("keys or values hold values that are not finite")
+        return encoded.bodies
+
     def encode_unchecked(self, keys: Tensor, values: Tensor, counts: Sequence[int]) -> Encoded:
         check_kv(self.spec, keys, values, counts)
         damaged = None
-        if not (is_finite(keys) and is_finite(values)):
-            damaged = (~(keys.isfinite() & values.isfinite())).any(2).any(0).int()
-            keys, values = (rows.masked_fill(damaged[:, None].bool(), 0) for rows in (keys, values))
-        return Encoded(self._encode(keys, values, counts), damaged)
-
-    def encode(self, keys: Tensor, values: Tensor, counts: Sequence[int]) -> list[Tensor]:
-        check_kv(self.spec, keys, values, counts)
-        for name, rows in (("keys", keys), ("values", values)):
-            if not is_finite(rows):  # it would spread over its row and all later layers
-                raise ValueError(f"{name} hold values that are not finite")
-        return self._encode(keys, values, counts)
-
-    def _encode(self, keys: Tensor, values: Tensor, counts: Sequence[int]) -> list[Tensor]:
+        if not (is_finite(keys) and is_finite(values)):  # it would spread over its row and all later layers
+            spoiled = (~(keys.isfinite() & values.isfinite())).any(2).any(0)
+            keys, values = (rows.masked_fill(spoiled[:, None], 0) for rows in (keys, values))
+            damaged = spoiled.int()
         pieces: list[list[Tensor]] = [[] for _ in counts]
         state = self.new_state(sum(counts), keys.device)
         for layer in range(self.spec.num_layers):
@@ -121,7 +118,7 @@ class AquaCodec:
                 segment += [part.flatten() for part in own_parts]
                 padding = self.layer_bytes(layer, tokens) - sum(self.part_bytes(layer, tokens))
                 segment.append(torch.zeros(padding, dtype=torch.uint8, device=keys.device))
-        return [torch.cat(segment) for segment in pieces]
+        return Encoded([torch.cat(segment) for segment in pieces], damaged)
 
     def decoder(self, counts: Sequence[int], device: torch.device) -> SegmentDecoder:
         return AquaDecoder(self, counts, self.new_state(sum(counts), device))

@@ -65,13 +65,6 @@ class FusedAquaCodec(AquaCodec):
         """See _decode_offsets."""
         return lru_cache(maxsize=8)(self._decode_offsets)
 
-    def encode(self, keys: Tensor, values: Tensor, counts: Sequence[int]) -> list[Tensor]:
-        encoded = self.encode_unchecked(keys, values, counts)
-        assert encoded.damaged is not None
-        if encoded.damaged.any():
-            raise ValueError("keys or values hold values that are not finite")
-        return encoded.bodies
-
     def encode_unchecked(self, keys: Tensor, values: Tensor, counts: Sequence[int]) -> Encoded:
         check_kv(self.spec, keys, values, counts)
         tokens, device = sum(counts), keys.device

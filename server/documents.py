@@ -204,10 +204,9 @@ class Documents:
         place = document.place
         reading = self._readings[place]
 
-        def now(**changes: Any) -> Document:
+        def now(**changes: Any) -> None:
             # A post that joined may have changed its lifetime.
             reading.document = replace(reading.document, **changes)
-            return reading.document
 
         request = GenerateRequest(
             request_id=f"document-{uuid.uuid4().hex}",

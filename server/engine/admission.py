@@ -95,9 +95,7 @@ class Admission:
         reasons = "; ".join(f"{plan.mode}: {self._obstacle(plan)}" for plan in plans)
         return FailedEvent("too_long", f"the KV of this prompt of {prompt:,} tokens does not fit. {reasons}")
 
-    def admit(
-        self, plan: Plan, wanted: Sequence[SegmentKey], unshared: Collection[SegmentKey] = ()
-    ) -> Room | str:
+    def admit(self, plan: Plan, wanted: Sequence[SegmentKey], unshared: Collection[SegmentKey]) -> Room | str:
         """Take room for a request whose reusable segments are `wanted`, or say what there is too little of
         now. Nothing is evicted for a request that cannot start.
 

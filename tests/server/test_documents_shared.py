@@ -11,7 +11,7 @@ import httpx
 import pytest
 from fake_engine import FakeEngine
 from http_service import RunningService, running_service
-from tiny_tokenizer import tiny_tokenizer
+from tiny_tokenizer import ids, tiny_tokenizer
 
 from aquifer.server import documents
 from aquifer.server.engine.types import FailedEvent
@@ -38,20 +38,12 @@ def servers(heartbeat: float, redis_server: Any) -> Iterator[Servers]:
         yield [(one, engines[0]), (two, engines[1])]
 
 
-def ids(text: str) -> tuple[int, ...]:
-    return tuple(tiny_tokenizer().encode(text, add_special_tokens=False))
-
-
-def status(service: RunningService, document_id: str) -> str:
-    return str(service.http.get(f"/documents/{document_id}").json()["status"])
-
-
 def test_another_server_on_the_same_redis_answers_by_id(redis_server: Any) -> None:
     first, second = (FakeEngine(tiny_tokenizer().decode) for _ in range(2))
     with running_service(first, redis_url=redis_server.url) as service:
         service.post("/documents", document="Crate 12 left.", document_id="c", wait=True)
     with running_service(second, redis_url=redis_server.url) as service:
-        assert status(service, "c") == "ready"
+        assert service.document_status("c") == "ready"
         assert service.post("/generate", inputs="", document_id="c").status_code == 422
         answer = service.post("/generate", inputs="Why?", document_id="c").json()
     assert answer["generated_text"] == "Crate 12 left.Why?"
@@ -112,7 +104,7 @@ def test_a_post_finds_out_what_another_server_did_to_what_is_read_here(
     posted = service.post("/documents", document=text, document_id="d", pin=True)
     assert posted.status_code == (409 if conflicts else 202)
     engine.hold_reading.clear()
-    wait_until(lambda: status(service, "d") == "ready")
+    wait_until(lambda: service.document_status("d") == "ready")
     now = "new text" if replaced else text
     for server in (service, stranger):
         answer = server.post("/generate", inputs="Why?", document_id="d").json()
@@ -151,7 +143,7 @@ def test_a_post_of_the_same_text_to_another_server_lets_both_read(
         assert here.result().json()["status"] == "ready" and here.result().json()["expires"] is not None
         other.hold_reading.clear()
         there.result()
-        assert status(service, "d") == status(stranger, "d") == "ready"
+        assert service.document_status("d") == stranger.document_status("d") == "ready"
     assert engine.forgotten == other.forgotten == []
 
 
@@ -183,5 +175,5 @@ def test_progress_is_visible_from_another_server(servers: Servers, wait_until: W
     (service, engine), (stranger, _) = servers
     engine.hold_reading.set()
     service.post("/documents", document="Crate 12 left.", document_id="d")
-    wait_until(lambda: status(stranger, "d") == "reading")
+    wait_until(lambda: stranger.document_status("d") == "reading")
     assert stranger.http.get("/documents/d").json()["progress"] > 0

@@ -15,8 +15,6 @@ from asking import Events, answer, ask, prompt, submit, text_of
 from tiny_models import DEVICE, FAMILIES, greedy_reference, tiny_model
 
 from aquifer.cachestore.keys import PromptKeys, SegmentKey
-from aquifer.cachestore.redis_link import RedisLink
-from aquifer.cachestore.redis_tier import RedisTier
 from aquifer.server.engine import loop
 from aquifer.server.engine.engine import Engine, EngineError
 from aquifer.server.engine.pages import PagePool
@@ -168,22 +166,6 @@ def test_forgotten_documents_are_gone_everywhere(make_engine: MakeEngine) -> Non
     engine.generate([ask(ids, 0)])
     assert engine.forget(ids, "") == 3
     assert answer(engine, ask(ids))[1].cached.total == 0
-
-
-def test_a_document_that_redis_lost_is_there_again_when_it_was_asked_about(
-    make_engine: MakeEngine, redis_server: Any, wait_until: Callable[[Callable[[], bool]], None]
-) -> None:
-    redis = RedisTier(RedisLink(redis_server.url), max_record_bytes=1 << 20)
-    engine = make_engine(tiny_model("llama"), redis=redis)
-    ids = prompt(12, 1000)
-    engine.generate([ask(ids, 0)])
-    assert engine.flush(30)
-    keys = engine._keys(ids, "").records
-    for request in (ask(ids), ask(ids, 0)):
-        engine.store._renewed.clear()
-        assert redis.delete(keys) == 4
-        engine.generate([request])
-        wait_until(lambda: redis.contains(keys) == [True] * 4)
 
 
 def test_what_another_document_has_pinned_is_not_forgotten_with_this_one(make_engine: MakeEngine) -> None:

@@ -14,16 +14,12 @@ import httpx
 import pytest
 from fake_engine import FakeEngine
 from http_service import RunningService, running_service
-from tiny_tokenizer import tiny_tokenizer
+from tiny_tokenizer import ids, tiny_tokenizer
 
 from aquifer.server import documents
 from aquifer.server.engine.types import FailedEvent
 
 WaitUntil = Callable[[Callable[[], bool]], None]
-
-
-def ids(text: str) -> tuple[int, ...]:
-    return tuple(tiny_tokenizer().encode(text, add_special_tokens=False))
 
 
 @pytest.fixture
@@ -35,10 +31,6 @@ def engine() -> FakeEngine:
 def service(engine: FakeEngine) -> Iterator[RunningService]:
     with running_service(engine) as running:
         yield running
-
-
-def status(service: RunningService, document_id: str) -> str:
-    return str(service.http.get(f"/documents/{document_id}").json()["status"])
 
 
 def test_waiting_returns_the_ready_document_and_its_cost(service: RunningService, engine: FakeEngine) -> None:
@@ -62,10 +54,10 @@ def test_not_waiting_returns_202_and_a_status_to_poll(
     response = service.post("/documents", document="Crate 12 left.")
     assert response.status_code == 202
     document_id = response.json()["document_id"]
-    wait_until(lambda: status(service, document_id) == "reading")
+    wait_until(lambda: service.document_status(document_id) == "reading")
     assert 0 < service.http.get(f"/documents/{document_id}").json()["progress"] < 1
     engine.hold_reading.clear()
-    wait_until(lambda: status(service, document_id) == "ready")
+    wait_until(lambda: service.document_status(document_id) == "ready")
 
 
 def test_a_question_by_id_reads_the_documents_tokens_and_salt(
@@ -189,7 +181,7 @@ def test_the_last_post_says_whether_what_is_being_read_is_pinned(
         assert service.http.get("/documents/d").json()["pinned"] == pin
         assert len(engine.pinned) - len(engine.unpinned) == pin
     engine.hold_reading.clear()
-    wait_until(lambda: status(service, "d") == "ready")
+    wait_until(lambda: service.document_status("d") == "ready")
     assert service.http.get("/documents/d").json()["pinned"]
     assert len(engine.pinned) - len(engine.unpinned) == 1 and len(engine.requests) == 1
 
@@ -203,7 +195,7 @@ def test_a_pin_that_comes_as_the_reading_fails_is_lifted(
 
     def fail_meanwhile(token_ids: Sequence[int], cache_salt: str) -> None:
         engine.cancelled.append(engine.requests[0].request_id)
-        wait_until(lambda: status(service, "d") == "failed")
+        wait_until(lambda: service.document_status("d") == "failed")
         assert engine.unpinned == []
         pin(token_ids, cache_salt)
 
@@ -281,7 +273,7 @@ def test_a_lifetime_that_ends_while_another_text_is_posted_does_not_end_that_one
         )
         assert deleting.result().is_success and posted.result().is_success
     wait_until(lambda: ((0, *ids("d text")), "") in engine.forgotten)
-    assert status(service, "d") == "ready" and engine.unpinned == []
+    assert service.document_status("d") == "ready" and engine.unpinned == []
     assert len(engine.forgotten) == 2
 
 
@@ -304,7 +296,7 @@ def test_documents_work_on_while_redis_is_down(engine: FakeEngine, redis_server:
     with running_service(engine, redis_url=redis_server.url) as service:
         redis_server.stop()
         service.post("/documents", document="Crate 12 left.", document_id="c", wait=True)
-        assert status(service, "c") == "ready"
+        assert service.document_status("c") == "ready"
         assert service.post("/generate", inputs="Why?", document_id="c").status_code == 200
 
 
@@ -327,7 +319,7 @@ def test_a_reading_whose_server_died_is_found_interrupted(
         dying.post("/documents", document="text", document_id="d")
         other = FakeEngine(tiny_tokenizer().decode)
         with running_service(other, redis_url=redis_server.url) as service:
-            assert status(service, "d") in ("queued", "reading")
+            assert service.document_status("d") in ("queued", "reading")
             monkeypatch.setattr(documents, "INTERRUPTED_AFTER_SECONDS", 0.0)
             found = service.http.get("/documents/d").json()
             assert (found["status"], found["error"]) == (
@@ -348,5 +340,5 @@ def test_a_client_that_leaves_does_not_stop_the_reading(
         client.sendall(head.encode() + body)
         wait_until(lambda: service.http.get("/documents/d").status_code == 200)
     engine.hold_reading.clear()
-    wait_until(lambda: status(service, "d") == "ready")
+    wait_until(lambda: service.document_status("d") == "ready")
     assert engine.cancelled == []

@@ -11,7 +11,7 @@ import pytest
 from fake_engine import EOS, FakeEngine
 from http_service import RunningService, running_service
 from huggingface_hub import InferenceClient
-from tiny_tokenizer import tiny_tokenizer
+from tiny_tokenizer import ids, tiny_tokenizer
 
 from aquifer.server.engine.types import FailedEvent
 
@@ -33,10 +33,6 @@ def events(text: str) -> list[dict[str, Any]]:
     """The JSON of every plain `data:` event."""
     blocks = [block for block in text.split("\n\n") if block.startswith("data:")]
     return [json.loads(block.removeprefix("data:")) for block in blocks]
-
-
-def ids(text: str) -> tuple[int, ...]:
-    return tuple(TOKENIZER.encode(text, add_special_tokens=False))
 
 
 def test_answer_has_text_and_details(service: RunningService) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from fake_engine import FakeEngine
 from http_service import RunningService, running_service
-from tiny_tokenizer import tiny_tokenizer
+from tiny_tokenizer import ids, tiny_tokenizer
 
 from aquifer.server.engine.types import FailedEvent
 
@@ -36,10 +36,6 @@ def engine() -> FakeEngine:
 def service(engine: FakeEngine) -> Iterator[RunningService]:
     with running_service(engine, hf_tokenizer=chat_tokenizer(), served_model_name="tiny") as running:
         yield running
-
-
-def ids(text: str) -> tuple[int, ...]:
-    return tuple(tiny_tokenizer().encode(text, add_special_tokens=False))
 
 
 def chunks(text: str) -> list[dict[str, Any]]:

@@ -1,10 +1,11 @@
-"""A document that is posted again is stored again, from wherever it can be had."""
+"""What a tier lost of a document is stored again, from wherever it can be had."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from asking import Events, answer, ask, prompt, submit
 from tiny_models import tiny_model
 
@@ -14,34 +15,53 @@ from aquifer.server.engine.types import Event, FailedEvent, ProgressEvent, Token
 
 MakeEngine = Callable[..., Engine]
 
+IDS = prompt(12, 1000)
+
+
+@pytest.fixture
+def stored(make_engine: MakeEngine, redis_server: Any) -> tuple[Engine, RedisTier]:
+    """A document is on the device, in RAM and in Redis."""
+    redis = RedisTier(RedisLink(redis_server.url), max_record_bytes=1 << 20)
+    engine = make_engine(tiny_model("llama"), redis=redis)
+    engine.generate([ask(IDS, 0)])
+    assert engine.flush(30)
+    return engine, redis
+
 
 def test_what_ram_lost_is_stored_though_the_device_has_it(make_engine: MakeEngine) -> None:
     engine = make_engine(tiny_model("llama"))
-    ids = prompt(12, 1000)
-    engine.generate([ask(ids, 0)])
-    sinks, *segments = engine._keys(ids, "").records
+    engine.generate([ask(IDS, 0)])
+    sinks, *segments = engine._keys(IDS, "").records
     for lost, recomputed in ([sinks], 1), (segments[1:2], 1), ([sinks, *segments], 3), ([], 0):
         engine.store.ram.delete(lost)
-        assert answer(engine, ask(ids))[1].cached.gpu == 768
-        assert engine.generate([ask(ids, 0)])[0].computed_tokens == 256 * recomputed
+        assert answer(engine, ask(IDS))[1].cached.gpu == 768
+        assert engine.generate([ask(IDS, 0)])[0].computed_tokens == 256 * recomputed
         assert engine.store.ram.contains([sinks, *segments]) == [True] * 4
 
 
-def test_what_redis_has_comes_from_there_or_is_computed_where_that_is_faster(
-    make_engine: MakeEngine, redis_server: Any
+def test_what_redis_lost_is_there_again_when_it_was_asked_about(
+    stored: tuple[Engine, RedisTier], wait_until: Callable[[Callable[[], bool]], None]
 ) -> None:
-    redis = RedisTier(RedisLink(redis_server.url), max_record_bytes=1 << 20)
-    engine = make_engine(tiny_model("llama"), redis=redis)
-    ids = prompt(12, 1000)
-    engine.generate([ask(ids, 0)])
-    assert engine.flush(30)
-    keys, gate = engine._keys(ids, "").records, engine._parts.gate
+    engine, redis = stored
+    keys = engine._keys(IDS, "").records
+    for request in (ask(IDS), ask(IDS, 0)):
+        engine.store._renewed.clear()
+        assert redis.delete(keys) == 4
+        engine.generate([request])
+        wait_until(lambda: redis.contains(keys) == [True] * 4)
+
+
+def test_what_redis_has_comes_from_there_or_is_computed_where_that_is_faster(
+    stored: tuple[Engine, RedisTier],
+) -> None:
+    engine, _ = stored
+    keys, gate = engine._keys(IDS, "").records, engine._parts.gate
     for redis_pays in (True, False):
         gate._always = redis_pays
         gate.measured("computed", 10**9, 1.0)
         gate.measured("redis", 1, 1.0)
         engine.store.ram.delete(keys)
-        last = engine.generate([ask(ids, 0)])[0]
+        last = engine.generate([ask(IDS, 0)])[0]
         assert (last.cached.redis, last.computed_tokens) == ((768, 0) if redis_pays else (0, 768))
         assert engine.store.ram.contains(keys) == [True] * 4
 

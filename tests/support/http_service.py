@@ -33,6 +33,9 @@ class RunningService:
     def post(self, path: str, **body: Any) -> httpx.Response:
         return self.http.post(path, json=body)
 
+    def document_status(self, document_id: str) -> str:
+        return str(self.http.get(f"/documents/{document_id}").json()["status"])
+
     def metric(self, name: str, **labels: str) -> float | None:
         """A metric's value as a scrape shows it."""
         self.http.get("/metrics").raise_for_status()

@@ -42,3 +42,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="<|end|>",
         clean_up_tokenization_spaces=False,
     )
+
+
+def ids(text: str) -> tuple[int, ...]:
+    """A text's tokens, without BOS."""
+    return tuple(tiny_tokenizer().encode(text, add_special_tokens=False))
