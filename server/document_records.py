@@ -82,18 +82,22 @@ class DocumentRecords:
         """Keep a state for the rest of the document's lifetime."""
         self._put(document, "state", orjson.dumps(asdict(document)))
 
-    def update(self, document: Document) -> bool:
-        """Keep the newest state of a reading. False: meanwhile the document was deleted, or replaced by
-        another text. If the same text was posted elsewhere since, that post's state stays until this one is
-        ready."""
+    def update(self, document: Document) -> Document | None:
+        """Keep the newest state of a reading, and return the document as it stands now. None: meanwhile it
+        was deleted, or replaced by another text.
+
+        Servers that were given the same text all read it. The first to be ready says so for all of them;
+        until then the state is that of the latest post, whose lifetime and pin count in any case.
+        """
         known = self.find(*document.place)
         if known is None or known.digest != document.digest:
-            return False
-        if known.created == document.created:
-            self.save(document)
-        elif document.status == "ready":
-            self.save(replace(document, created=known.created, pinned=known.pinned, expires=known.expires))
-        return True
+            return None
+        latest = document if document.created == known.created else known
+        read = next((state for state in (known, document) if state.status == "ready"), latest)
+        now = replace(read, created=latest.created, pinned=latest.pinned, expires=latest.expires)
+        if now != known:
+            self.save(now)
+        return now
 
     def save_tokens(self, document: Document, packed: bytes) -> None:
         """Keep a document's tokens, as `pack` gives them, as long. Raises ValueError if they are too many."""

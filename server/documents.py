@@ -53,8 +53,8 @@ class DocumentConflictError(Exception):
         super().__init__(f"document {document_id!r} holds another text; delete it first or choose another id")
 
 
-# Ends when the document is read, with the reason if it could not be.
-Reading = asyncio.Task[FailedEvent | None]
+# Ends when the document is read, with its state then, or with the reason if it could not be read.
+Reading = asyncio.Task[Document | FailedEvent]
 
 
 @dataclass
@@ -199,7 +199,7 @@ class Documents:
         if self._expiring:
             await asyncio.wait(self._expiring)
 
-    async def _read(self, document: Document, token_ids: array[int]) -> FailedEvent | None:
+    async def _read(self, document: Document, token_ids: array[int]) -> Document | FailedEvent:
         """Have the engine read and store a document; keep its state up to date."""
         place = document.place
         reading = self._readings[place]
@@ -215,10 +215,10 @@ class Documents:
             cache_salt=document.salt,
         )
         end: FinishedEvent | FailedEvent | None = None
-        stands = True
+        kept: Document | None = document
         try:
             async with EngineStream(self._engine, request) as stream:
-                while stands and end is None:
+                while kept is not None and end is None:
                     event = await stream.next(HEARTBEAT_SECONDS)
                     if isinstance(event, FinishedEvent | FailedEvent):
                         end = event
@@ -226,26 +226,27 @@ class Documents:
                         now(status="reading", done_tokens=event.done_tokens)
                     if time.time() - reading.document.updated > HEARTBEAT_SECONDS:
                         now(updated=time.time())
-                        stands = await self._save(reading)
+                        kept = await self._save(reading)
         finally:
             reading.ending = True
             reading.document = _ended(reading.document, end)
             if reading.document.status != "ready":
                 await self._let_go(place)
             saved = None
-            while stands and saved != reading.document:  # a post that joins meanwhile changes its lifetime
-                saved, stands = reading.document, await self._save(reading)
-            if not stands:
+            while kept is not None and saved != reading.document:  # a post that joins changes its lifetime
+                saved, kept = reading.document, await self._save(reading)
+            if kept is None:
                 self._unschedule(place)
                 await self._let_go(place)
                 await asyncio.to_thread(self._engine.forget, request.token_ids, document.salt)
             self._readings.pop(place, None)
-        if not stands:
+        if kept is None:
             raise asyncio.CancelledError  # as where it is deleted here
-        return end if isinstance(end, FailedEvent) else None
+        return end if isinstance(end, FailedEvent) else kept
 
-    async def _save(self, reading: _Reading) -> bool:
-        """Keep the newest state of a reading. False: another server has deleted or replaced the document."""
+    async def _save(self, reading: _Reading) -> Document | None:
+        """Keep the newest state of a reading; the document as it stands then. None: another server has
+        deleted or replaced it."""
         async with reading.saving:
             return await asyncio.to_thread(self._records.update, reading.document)
 

@@ -10,6 +10,7 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Response
 
 from aquifer.server.document_records import ID_PATTERN, Document
+from aquifer.server.engine.types import FailedEvent
 from aquifer.server.routes.body import BodyRoute
 from aquifer.server.routes.errors import ApiError, failure, problems
 from aquifer.server.routes.schemas import DocumentBody, DocumentDeleted, DocumentList, DocumentOut
@@ -43,14 +44,16 @@ async def read_document(
         ttl_seconds=body.ttl_seconds,
     )
     await asyncio.wait([reading], timeout=None if body.wait else _REFUSAL_WAIT_SECONDS)
-    if reading.done():
-        if reading.cancelled():
-            raise ApiError(409, f"{document.document_id!r} was deleted while it was read")
-        if (refusal := reading.result()) is not None:
-            raise failure(refusal)
+    if reading.cancelled():
+        raise ApiError(409, f"{document.document_id!r} was deleted while it was read")
     if not body.wait:
         response.status_code = 202
-    return _out(await service.documents.get(caller.tenant, document.document_id))
+    if not reading.done():
+        return _out(await service.documents.get(caller.tenant, document.document_id))
+    result = reading.result()
+    if isinstance(result, FailedEvent):
+        raise failure(result)
+    return _out(result)
 
 
 @router.get("", responses=problems(401))

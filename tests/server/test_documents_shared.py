@@ -141,6 +141,8 @@ def test_a_post_of_the_same_text_to_another_server_lets_both_read(
         time.sleep(0.2)  # some heartbeats
         engine.hold_reading.clear()
         assert here.result().json()["status"] == "ready" and here.result().json()["expires"] is not None
+        time.sleep(0.2)  # some more, of the one that still reads
+        assert service.document_status("d") == "ready"
         other.hold_reading.clear()
         there.result()
         assert service.document_status("d") == stranger.document_status("d") == "ready"
