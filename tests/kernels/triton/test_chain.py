@@ -92,8 +92,12 @@ def test_a_decoders_step_makes_the_encoders_state(
 ) -> None:
     device = quantizer.grid.device
     ring = normal(tokens, 3 * channels, device=device).to(DTYPE)
-    state, out = ring[:, : 2 * channels], ring[:, 2 * channels :]
     weight = (normal(2 * channels, channels, device=device) / channels**0.5).to(DTYPE)
+    if device.type == "cpu":
+        # The interpreter multiplies with numpy, which on some CPUs sums up a row in an order that depends on
+        # its place. These sums are exact in any order.
+        ring, weight = ((x * 64).round() / 64 for x in (ring, weight))
+    state, out = ring[:, : 2 * channels], ring[:, 2 * channels :]
     bias, prediction = normal(channels, device=device), torch.empty(tokens, channels, device=device)
     linear = Linear(weight, bias)
     predict(state, half, linear, group, prediction)
