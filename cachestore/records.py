@@ -1,13 +1,17 @@
 """Small named records: what a document id stands for. Kept in Redis when there is one, and in RAM.
 
-Redis is shared and outlives the process, so what it says goes. The RAM copy serves while Redis is
-down, and brings a record back to a Redis that came up empty. A delete leaves an empty value (a
-tombstone) in Redis, so that another server's RAM copy cannot bring the record back.
+Redis is shared and outlives the process, so what it says goes. RAM copies serve while it is down, and bring
+back what it lost: all records when it came up empty, one when it was evicted. What is missing because it was
+deleted, replaced or has expired must not come back, so an index in Redis tells these apart:
+
+    aquifer:r:<name>        expiry, and the blob
+    aquifer:record-names    a sorted set of names by expiry; no two puts have one in common, so it says which
+                            put of a record is the latest. And the epoch, drawn anew when the set was lost
 """
 
 from __future__ import annotations
 
-import math
+import struct
 import threading
 import time
 from collections import OrderedDict
@@ -21,8 +25,11 @@ from aquifer.cachestore.redis_wire import Command
 _PREFIX = b"aquifer:r:"
 # Names by time of expiry. Finding them with SCAN would walk over every segment in the server.
 _INDEX = b"aquifer:record-names"
-_TOMBSTONE = b""
-TOMBSTONE_SECONDS = 7 * 24 * 3600.0
+_EPOCH = ""
+_EXPIRY = struct.Struct("<d")
+# Added to the time of a put without a lifetime. At this size a float still tells 0.3 ms apart.
+_NEVER = 2.0**40
+BELIEVED_SECONDS = 7 * 24 * 3600.0
 MAX_UNSENT = 100_000
 
 
@@ -30,12 +37,14 @@ MAX_UNSENT = 100_000
 class _Copy:
     """A record in RAM. Times are Unix seconds.
 
-    confirmed_at: when Redis last held it. Older than a tombstone lives, the copy proves nothing.
+    epoch: of the Redis that last held it, as far as known
+    confirmed_at: when that was. After BELIEVED_SECONDS the copy proves nothing any more.
     """
 
     blob: bytes
     expires_at: float
     confirmed_at: float
+    epoch: float | None = None
 
 
 class RecordStore:
@@ -65,28 +74,26 @@ class RecordStore:
             raise ValueError(f"record {name!r} has a lifetime of {ttl_seconds} seconds; it must be positive")
         now = time.time()
         with self._lock:
-            self._keep(name, _Copy(blob, now + (ttl_seconds or math.inf), now))
+            self._keep(name, _Copy(blob, now + (ttl_seconds or _NEVER), now))
             self._send(name)
 
     def get(self, name: str) -> bytes | None:
         with self._lock:
             self._send_unsent()
             copy = self._live_copy(name)
-            replies = self._ask([("GET", _key(name)), ("PTTL", _key(name))])
+            replies = self._ask([("GET", _key(name)), ("ZSCORE", _INDEX, name), ("ZSCORE", _INDEX, _EPOCH)])
             if replies is None or name in self._unsent:
                 return copy.blob if copy else None
-            blob, remaining_ms = replies
+            value, expires_at, epoch = replies[0], *map(_score, replies[1:])
             now = time.time()
-            if isinstance(blob, bytes) and blob != _TOMBSTONE:
-                self._keep(
-                    name, _Copy(blob, now + (remaining_ms / 1000 if remaining_ms >= 0 else math.inf), now)
-                )
-                return blob
-            if blob == _TOMBSTONE or copy is None or now - copy.confirmed_at > TOMBSTONE_SECONDS:
-                self._drop(name)
+            if value is None and copy is not None and _lost(copy, expires_at, epoch, now):
+                self._send(name)
+                return copy.blob
+            self._drop(name)
+            copy = _parsed(value, now, epoch)
+            if copy is None:
                 return None
-            # Redis lost it (restarted empty, or evicted it) and nobody deleted it.
-            self._send(name)
+            self._keep(name, copy)
             return copy.blob
 
     def delete(self, name: str) -> bool:
@@ -106,6 +113,12 @@ class RecordStore:
             only_here = [name for name in self._copies if name.startswith(prefix) and name not in names]
             return sorted(names | {name for name in only_here if self.get(name) is not None})
 
+    def touch(self) -> None:
+        """Use the index, so that a Redis that is full does not evict it for not being used."""
+        with self._lock:
+            self._send_unsent()
+            self._ask([("ZSCORE", _INDEX, _EPOCH)])
+
     # Below here the lock is held.
 
     def _names_in_redis(self, prefix: str) -> set[str]:
@@ -113,7 +126,7 @@ class RecordStore:
         replies = self._ask([("ZREMRANGEBYSCORE", _INDEX, "-inf", str(now)), ("ZRANGE", _INDEX, 0, -1)])
         if replies is None:
             return set()
-        names = [name for raw in replies[1] if (name := raw.decode()).startswith(prefix)]
+        names = [name for raw in replies[1] if (name := raw.decode()) != _EPOCH and name.startswith(prefix)]
         # The index may name records that Redis evicted meanwhile.
         lengths = self._ask([("STRLEN", _key(name)) for name in names]) if names else []
         return {name for name, length in zip(names, lengths or [], strict=False) if length}
@@ -138,21 +151,25 @@ class RecordStore:
         for name in list(self._unsent):
             copy = self._live_copy(name)
             if copy is None:
-                commands: Sequence[Command] = [
-                    ("SET", _key(name), _TOMBSTONE, "EX", int(TOMBSTONE_SECONDS)),
-                    ("ZREM", _INDEX, name),
-                ]
+                # In this order: a value that only the index knows of counts as evicted.
+                forgotten: list[Command] = [("ZREM", _INDEX, name), ("DEL", _key(name))]
+                if self._ask(forgotten) is None:
+                    return
             else:
-                lifetime = copy.expires_at - time.time()
-                expiry = () if lifetime == math.inf else ("PX", max(1, int(lifetime * 1000)))
-                commands = [
-                    ("SET", _key(name), copy.blob, *expiry),
-                    ("ZADD", _INDEX, str(copy.expires_at), name),
+                now = time.time()
+                until = (
+                    () if copy.expires_at > _NEVER else ("PX", max(1, int((copy.expires_at - now) * 1000)))
+                )
+                kept: list[Command] = [
+                    ("ZADD", _INDEX, "NX", repr(_NEVER + now), _EPOCH),
+                    ("SET", _key(name), _EXPIRY.pack(copy.expires_at) + copy.blob, *until),
+                    ("ZADD", _INDEX, repr(copy.expires_at), name),
+                    ("ZSCORE", _INDEX, _EPOCH),
                 ]
-            if self._ask(commands) is None:
-                return
-            if copy is not None:
-                copy.confirmed_at = time.time()
+                replies = self._ask(kept)
+                if replies is None:
+                    return
+                copy.confirmed_at, copy.epoch = now, _score(replies[-1])
             del self._unsent[name]
 
     def _live_copy(self, name: str) -> _Copy | None:
@@ -183,3 +200,26 @@ class RecordStore:
 
 def _key(name: str) -> bytes:
     return _PREFIX + name.encode()
+
+
+def _score(reply: bytes | None) -> float | None:
+    return None if reply is None else float(reply)
+
+
+def _parsed(value: bytes | None, now: float, epoch: float | None) -> _Copy | None:
+    """A record as Redis has it. None: it has none, or what it has has expired or is none of ours."""
+    if value is None or len(value) <= _EXPIRY.size:
+        return None
+    (expires_at,) = _EXPIRY.unpack_from(value)
+    return _Copy(value[_EXPIRY.size :], expires_at, now, epoch) if expires_at > now else None
+
+
+def _lost(copy: _Copy, expires_at: float | None, epoch: float | None, now: float) -> bool:
+    """Whether Redis, which has no value, lost just this record, and nobody deleted or replaced it.
+
+    expires_at: what the index says of the name; epoch: its own."""
+    if now - copy.confirmed_at > BELIEVED_SECONDS:
+        return False
+    if expires_at is not None:
+        return expires_at == copy.expires_at
+    return epoch is None or (copy.epoch is not None and copy.epoch != epoch)

@@ -93,8 +93,8 @@ class DocumentRecords:
         if known is None or known.digest != document.digest:
             return None
         latest = document if document.created == known.created else known
-        read = next((state for state in (known, document) if state.status == "ready"), latest)
-        now = replace(read, created=latest.created, pinned=latest.pinned, expires=latest.expires)
+        state = known if known.status == "ready" else document if document.status == "ready" else latest
+        now = replace(state, created=latest.created, pinned=latest.pinned, expires=latest.expires)
         if now != known:
             self.save(now)
         return now
@@ -116,14 +116,22 @@ class DocumentRecords:
         return packed
 
     def delete(self, tenant: str, document_id: str) -> None:
-        for part in ("state", "tokens"):
-            self._records.delete(self._name(tenant, part, document_id))
+        # In this order: whoever writes the state meanwhile finds no tokens afterwards.
+        self._records.delete(self._name(tenant, "tokens", document_id))
+        self.delete_state(tenant, document_id)
+
+    def delete_state(self, tenant: str, document_id: str) -> None:
+        self._records.delete(self._name(tenant, "state", document_id))
 
     def all(self, tenant: str | None = None) -> list[Document]:
         """All documents, or those of one tenant."""
         prefix = self._prefix if tenant is None else self._name(tenant, "state", "")
         names = [name for name in self._records.list(prefix) if name.split("/")[3] == "state"]
         return [document for name in names if (document := self._parsed(name))]
+
+    def touch(self) -> None:
+        """To be called now and then, see RecordStore.touch."""
+        self._records.touch()
 
     def _put(self, document: Document, part: str, blob: bytes) -> None:
         lifetime = None if document.expires is None else document.expires - time.time()

@@ -4,7 +4,8 @@
     ├── UnknownDocumentError    nothing (or nothing any more) has this id
     └── DocumentConflictError   the id stands for another text already
 
-What is kept of them stands in document_records.py. The KV itself lives in the tiers like any other prompt's.
+What is kept of them stands in document_records.py; pins and lifetimes in held_documents.py. The KV itself
+lives in the tiers like any other prompt's.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from aquifer.server.engine.types import (
     ProgressEvent,
     SamplingParams,
 )
+from aquifer.server.held_documents import Held, HeldDocuments
 
 if TYPE_CHECKING:
     from aquifer.server.engine.engine import Engine
@@ -59,22 +61,14 @@ Reading = asyncio.Task[Document | FailedEvent]
 
 @dataclass
 class _Reading:
-    """A document this process is reading. document: its newest state; ending: it is being settled, and must
-    not be disturbed."""
+    """A document this process is reading. document: its newest state; before: how it stood when it was
+    posted, unless it had failed; ending: it is being settled, and must not be disturbed."""
 
     document: Document
+    before: Document | None
     task: Reading
     ending: bool = False
     saving: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-
-@dataclass(frozen=True)
-class _Pin:
-    """What a process holds in RAM for a document, and what it takes to let it go."""
-
-    packed: bytes
-    salt: str
-    digest: str
 
 
 class Documents:
@@ -88,9 +82,7 @@ class Documents:
         self._records = records
         self._bos = bos
         self._readings: dict[Place, _Reading] = {}
-        self._pins: dict[Place, _Pin] = {}
-        self._expiries: dict[Place, asyncio.TimerHandle] = {}
-        self._expiring: set[asyncio.Task[None]] = set()
+        self._held = HeldDocuments(engine, bos, self._expired)
         self._watching: asyncio.Task[None] | None = None
         self._changing = asyncio.Lock()
 
@@ -111,8 +103,8 @@ class Documents:
         """Start reading a document of these tokens (without BOS); returns it as queued.
 
         Posting the same text under the same id again reads it again: what was evicted comes back, lifetime
-        and pin are set anew. While it is being read, a post joins that reading. Raises
-        DocumentConflictError when it is another text.
+        and pin are set anew; if that fails, the document stays as it was. While it is being read, a post
+        joins that reading. Raises DocumentConflictError when it is another text.
         """
         document_id = document_id or uuid.uuid4().hex
         packed, now = pack(token_ids), time.time()
@@ -131,26 +123,22 @@ class Documents:
         )
         place = document.place
         async with self._changing:
-            await self._check(place)
-            known = await self._find(place)
+            known = await self._check(place)
             if known is not None and known.digest != document.digest:
                 raise DocumentConflictError(document_id)
-            await self._let_go(place)
+            await self._held.unpin(place)
             reading = self._readings.get(place)
-            if reading is not None:
-                reading.document = document = replace(reading.document, pinned=pin, expires=document.expires)
-                await self._save(reading)  # or its state would expire as it was posted first
-            await asyncio.to_thread(self._records.save_tokens, document, packed)
-            self._schedule(document, packed)
-            if pin:
-                await self._pin(document, packed)
+            if reading is not None and known is not None:
+                await self._join(reading, known, document)
+            await self._hold(document, packed)
             if reading is None:
                 await asyncio.to_thread(self._records.save, document)
+                before = None if known is None or known.status == "failed" else known
                 task = asyncio.create_task(self._read(document, token_ids))
-                reading = self._readings[place] = _Reading(document, task)
+                reading = self._readings[place] = _Reading(document, before, task)
             elif await self._failed(place):  # while it was joined
-                await self._let_go(place)
-        return document, reading.task
+                await self._held.unpin(place)
+        return reading.document, reading.task
 
     async def get(self, tenant: str, document_id: str) -> Document:
         """The document as it stands. Raises UnknownDocumentError."""
@@ -180,24 +168,24 @@ class Documents:
         """
         place = tenant, document_id
         async with self._changing:
-            await self._check(place)
-            document = await self.get(tenant, document_id)
-            pin = self._pins.get(place)
+            document = await self._check(place)
+            if document is None:
+                raise UnknownDocumentError(document_id)
+            pin = self._held.pinned(place)
             packed = pin.packed if pin else await asyncio.to_thread(self._records.tokens, document)
             await self._stop(place)
             await asyncio.to_thread(self._records.delete, tenant, document_id)
-            await self._let_go(place)
-            return await self._forget(packed, document.salt) if packed is not None else 0
+            await self._held.unpin(place)
+            return await self._held.forget(packed, document.salt) if packed is not None else 0
 
     async def close(self) -> None:
         """Stop reading. What was not finished is marked failed; its id can still be asked about."""
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.wait([self._watching])
-        for place in list(self._readings.keys() | self._expiries.keys()):
-            await self._stop(place)
-        if self._expiring:
-            await asyncio.wait(self._expiring)
+        for place in list(self._readings):
+            await self._end(place)
+        await self._held.close()
 
     async def _read(self, document: Document, token_ids: array[int]) -> Document | FailedEvent:
         """Have the engine read and store a document; keep its state up to date."""
@@ -230,15 +218,25 @@ class Documents:
         finally:
             reading.ending = True
             reading.document = _ended(reading.document, end)
+            restored = False
             if reading.document.status != "ready":
-                await self._let_go(place)
+                await self._held.unpin(place)
+                if reading.before is not None and reading.document.created == document.created:  # none joined
+                    reading.document = replace(reading.before, created=document.created)
+                    restored = True
             saved = None
             while kept is not None and saved != reading.document:  # a post that joins changes its lifetime
                 saved, kept = reading.document, await self._save(reading)
+                if kept is not None and await asyncio.to_thread(self._records.tokens, kept) is None:
+                    # Another server deleted the document while its state was written.
+                    await asyncio.to_thread(self._records.delete_state, *place)
+                    kept = None
             if kept is None:
-                self._unschedule(place)
-                await self._let_go(place)
+                self._held.unschedule(place)
+                await self._held.unpin(place)
                 await asyncio.to_thread(self._engine.forget, request.token_ids, document.salt)
+            elif restored:
+                await self._hold(kept, pack(token_ids))
             self._readings.pop(place, None)
         if kept is None:
             raise asyncio.CancelledError  # as where it is deleted here
@@ -247,8 +245,23 @@ class Documents:
     async def _save(self, reading: _Reading) -> Document | None:
         """Keep the newest state of a reading; the document as it stands then. None: another server has
         deleted or replaced it."""
+
+        async def save() -> Document | None:
+            async with reading.saving:
+                return await asyncio.to_thread(self._records.update, reading.document)
+
+        return await asyncio.shield(save())  # a thread goes on when nobody waits for it any more
+
+    async def _join(self, reading: _Reading, known: Document, posted: Document) -> None:
+        """Have a post's lifetime and pin count for what is being read. known: as its record says."""
+
+        def latest(document: Document) -> Document:
+            return replace(document, created=posted.created, pinned=posted.pinned, expires=posted.expires)
+
+        reading.document = latest(reading.document)
         async with reading.saving:
-            return await asyncio.to_thread(self._records.update, reading.document)
+            state = latest(known) if known.status == "ready" else reading.document
+            await asyncio.to_thread(self._records.save, state)
 
     async def _find(self, place: Place) -> Document | None:
         reading = self._readings.get(place)
@@ -273,8 +286,8 @@ class Documents:
 
     async def _stop(self, place: Place) -> None:
         """End the reading of a document and its expiry, if this process has them."""
-        self._unschedule(place)
         await self._end(place)
+        self._held.unschedule(place)
 
     async def _end(self, place: Place) -> None:
         reading = self._readings.get(place)
@@ -284,64 +297,40 @@ class Documents:
             await asyncio.wait([reading.task])
             self._readings.pop(place, None)
 
-    async def _pin(self, document: Document, packed: bytes) -> None:
-        await asyncio.to_thread(self._engine.pin, self._bos + unpack(packed), document.salt)
-        self._pins[document.place] = _Pin(packed, document.salt, document.digest)
+    async def _hold(self, document: Document, packed: bytes) -> None:
+        """Keep a document's tokens, pin it if that is wanted, and see to its end."""
+        await asyncio.to_thread(self._records.save_tokens, document, packed)
+        await self._held.hold(document, packed)
 
-    async def _let_go(self, place: Place) -> None:
-        """Lift this process's pin of a document, if there is one."""
-        pin = self._pins.pop(place, None)
-        if pin is not None:
-            await asyncio.to_thread(self._engine.unpin, self._bos + unpack(pin.packed), pin.salt)
-
-    async def _forget(self, packed: bytes, salt: str) -> int:
-        return await asyncio.to_thread(self._engine.forget, self._bos + unpack(packed), salt)
-
-    def _schedule(self, document: Document, packed: bytes) -> None:
-        """Let a document expire when its lifetime, as it is now, is over."""
-        self._unschedule(document.place)
-        if document.expires is not None:
-            lifetime = max(0.0, document.expires - time.time())
-            loop = asyncio.get_running_loop()
-            self._expiries[document.place] = loop.call_later(lifetime, self._expire, document, packed)
-
-    def _unschedule(self, place: Place) -> None:
-        expiry = self._expiries.pop(place, None)
-        if expiry is not None:
-            expiry.cancel()
-
-    def _expire(self, document: Document, packed: bytes) -> None:
-        task = asyncio.get_running_loop().create_task(self._expired(document, packed))
-        self._expiring.add(task)
-        task.add_done_callback(self._expiring.discard)
-
-    async def _expired(self, document: Document, packed: bytes) -> None:
+    async def _expired(self, held: Held) -> None:
         """What expired leaves the tiers too; its records have expired by themselves."""
-        place = document.place
+        expired, place = held.document, held.document.place
         async with self._changing:
-            current = await self._find(place)
-            same = current if current and current.digest == document.digest else None
-            if same is not None and same.expires != document.expires:  # posted again, maybe elsewhere
-                self._schedule(same, packed)
+            # What a reading here says of it may be older.
+            current = await asyncio.to_thread(self._records.find, *place)
+            same = current if current and current.digest == expired.digest else None
+            if same is not None and same.expires != expired.expires:  # posted again, maybe elsewhere
+                self._held.schedule(same, held.packed)
                 return
             if current is None or same is not None:  # or else the id is another text's by now
                 await self._stop(place)
-                await self._let_go(place)
-            deleted = await self._forget(packed, document.salt)
-        log.info("document expired", document_id=document.document_id, deleted_segments=deleted)
+                await self._held.unpin(place)
+            deleted = await self._held.forget(held.packed, expired.salt)
+        log.info("document expired", document_id=expired.document_id, deleted_segments=deleted)
 
     async def _watch(self) -> None:
         """Take up what an earlier process held, then let go of what is no more."""
         taken_up = False
         while True:
             try:
+                await asyncio.to_thread(self._records.touch)
                 if not taken_up:
                     for document in await asyncio.to_thread(self._records.all):
                         if document.pinned or document.expires is not None:
                             async with self._changing:
                                 await self._take_up(document.place)
                     taken_up = True
-                for place in list(self._pins):
+                for place in self._held.places():
                     async with self._changing:
                         await self._check(place)
             except Exception as error:  # of Redis, say; the next round may go better
@@ -351,29 +340,28 @@ class Documents:
     async def _take_up(self, place: Place) -> None:
         """Pin a document, and see to its end, unless it was posted meanwhile."""
         document = await self._find(place)
-        if document is None or document.status != "ready" or place in self._pins or place in self._expiries:
+        if document is None or document.status != "ready" or place in self._held.places():
             return
         packed = await asyncio.to_thread(self._records.tokens, document)
         if packed is not None:
-            self._schedule(document, packed)
-            if document.pinned:
-                await self._pin(document, packed)
+            await self._held.hold(document, packed)
 
-    async def _check(self, place: Place) -> None:
-        """Let go of a document that another server has deleted, replaced by another text, or unpinned."""
+    async def _check(self, place: Place) -> Document | None:
+        """A document as it stands in the records. Lets go of what another server has deleted, replaced by
+        another text, or unpinned."""
         document, reading = await asyncio.to_thread(self._records.find, *place), self._readings.get(place)
         if reading is not None and (document is None or document.digest != reading.document.digest):
             await self._end(place)  # which forgets it
-        elif reading is not None:
-            document = reading.document
-        pin = self._pins.get(place)
-        if pin is None:
-            return
-        replaced = document is None or document.digest != pin.digest
-        if replaced or (document and not document.pinned):
-            await self._let_go(place)
-        if replaced:
-            await self._forget(pin.packed, pin.salt)
+        held = self._held.held(place)
+        if held is None:
+            return document
+        if document is None or document.digest != held.document.digest:
+            self._held.unschedule(place)
+            await self._held.unpin(place)
+            await self._held.forget(held.packed, held.document.salt)
+        elif not document.pinned:
+            await self._held.unpin(place)
+        return document
 
 
 def _ended(document: Document, end: FinishedEvent | FailedEvent | None) -> Document:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -95,12 +96,23 @@ def test_records_are_shared_between_servers(redis_server: Any, make_link: Any) -
     assert there.list("") == []
 
 
+def test_the_index_is_used_now_and_then(redis_server: Any, make_link: Any, wait_until: Any) -> None:
+    records = RecordStore(make_link(redis_server.url))
+    records.put("name", b"blob", None)
+    with Redis(port=redis_server.port) as raw:
+        wait_until(lambda: raw.object("idletime", "aquifer:record-names") >= 1)
+        records.touch()
+        assert raw.object("idletime", "aquifer:record-names") == 0
+
+
 def test_records_expire_in_redis_too(redis_server: Any, make_link: Any) -> None:
     records = RecordStore(make_link(redis_server.url))
     records.put("name", b"blob", 60)
     records.put("for ever", b"blob", None)
     with Redis(port=redis_server.port) as raw:
-        assert 0 < raw.ttl("aquifer:r:name") <= 60
+        assert (
+            0 < raw.ttl("aquifer:r:name") <= 60 and raw.zscore("aquifer:record-names", "name") > time.time()
+        )
         assert raw.ttl("aquifer:r:for ever") == -1
 
 
@@ -157,15 +169,63 @@ def test_a_redis_that_came_up_empty_gets_the_records_back(
     assert RecordStore(make_link(redis_server.url)).get("name") == b"blob"
 
 
-def test_a_copy_older_than_a_tombstone_lives_is_not_believed(
+def test_a_copy_that_was_not_confirmed_for_long_is_not_believed(
     redis_server: Any, make_link: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records = RecordStore(make_link(redis_server.url))
     records.put("name", b"blob", None)
     with Redis(port=redis_server.port) as raw:
         raw.flushall()
-    monkeypatch.setattr(records_module, "TOMBSTONE_SECONDS", -1)
+    monkeypatch.setattr(records_module, "BELIEVED_SECONDS", -1)
     assert records.get("name") is None
+
+
+@pytest.mark.parametrize("lifetime", [None, 60])
+def test_an_evicted_record_comes_back(lifetime: float | None, redis_server: Any, make_link: Any) -> None:
+    here, there = (RecordStore(make_link(redis_server.url)) for _ in range(2))
+    there.put("name", b"older", None)
+    here.put("name", b"blob", lifetime)
+    with Redis(port=redis_server.port) as raw:
+        raw.delete("aquifer:r:name")
+    assert there.get("name") is None, "its copy is of the put before"
+    assert here.get("name") == there.get("name") == b"blob"
+    assert there.list("") == ["name"]
+
+
+@pytest.mark.parametrize("reborn", [False, True])
+@pytest.mark.parametrize("change", ["deletes", "deletes, puts and lets expire", "lets expire", "evicts"])
+def test_a_copy_of_what_another_server_ended_does_not_come_back(
+    change: str, reborn: bool, redis_server: Any, make_link: Any, wait_until: Any
+) -> None:
+    here, there = (RecordStore(make_link(redis_server.url)) for _ in range(2))
+    with Redis(port=redis_server.port) as raw:
+        if reborn:  # into an index that was lost
+            there.put("another", b"blob", None)
+            raw.flushall()
+            here.put("name", b"old", None)
+        else:
+            here.put("name", b"old", None)
+        if "deletes" in change:
+            assert there.delete("name")
+        if "expire" in change:
+            there.put("name", b"newer", 0.05)
+            wait_until(lambda: not raw.exists("aquifer:r:name"))
+        if change == "evicts":
+            there.put("name", b"newer", None)
+            raw.delete("aquifer:r:name")
+        assert here.get("name") is None
+        assert not raw.exists("aquifer:r:name")
+
+
+def test_a_redis_that_lost_its_index_keeps_its_records(redis_server: Any, make_link: Any) -> None:
+    here, there = (RecordStore(make_link(redis_server.url)) for _ in range(2))
+    here.put("name", b"blob", None)
+    with Redis(port=redis_server.port) as raw:
+        raw.delete("aquifer:record-names")
+        assert there.get("name") == here.get("name") == b"blob"
+        there.put("another", b"blob", None)  # which draws an epoch
+        assert there.delete("name")
+        assert here.get("name") is None
 
 
 def test_a_value_that_is_no_record_reads_as_none(redis_server: Any, make_link: Any) -> None:

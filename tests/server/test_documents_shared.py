@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 from typing import Any
 
 import httpx
@@ -140,7 +141,9 @@ def test_a_post_of_the_same_text_to_another_server_lets_both_read(
             assert there.result().status_code == 429
         time.sleep(0.2)  # some heartbeats
         engine.hold_reading.clear()
-        assert here.result().json()["status"] == "ready" and here.result().json()["expires"] is not None
+        assert here.result().json()["status"] == "ready"
+        refused = there.done() and there.result().status_code == 429
+        assert (here.result().json()["expires"] is None) == refused
         time.sleep(0.2)  # some more, of the one that still reads
         assert service.document_status("d") == "ready"
         other.hold_reading.clear()
@@ -179,3 +182,121 @@ def test_progress_is_visible_from_another_server(servers: Servers, wait_until: W
     service.post("/documents", document="Crate 12 left.", document_id="d")
     wait_until(lambda: stranger.document_status("d") == "reading")
     assert stranger.http.get("/documents/d").json()["progress"] > 0
+
+
+def posted(server: RunningService, **fields: Any) -> httpx.Response:
+    return server.post("/documents", document="text", document_id="d", **fields)
+
+
+def state_at(server: RunningService) -> tuple[str, bool, bool]:
+    """Status, whether it is pinned, and whether it has a lifetime."""
+    document = server.http.get("/documents/d").json()
+    return document["status"], document["pinned"], document["expires"] is not None
+
+
+@pytest.mark.parametrize("heartbeat", [0.05], indirect=True)
+@pytest.mark.parametrize(
+    "joined_with", [{"pin": True}, {"ttl_seconds": 60}, {"ttl_seconds": 60, "pin": True}]
+)
+def test_the_latest_post_counts_wherever_it_joined_a_reading(
+    joined_with: dict[str, Any], servers: Servers, wait_until: WaitUntil
+) -> None:
+    (service, engine), (stranger, _) = servers
+    engine.hold_reading.set()
+    posted(service, ttl_seconds=60)
+    other_way = {} if "ttl_seconds" in joined_with else {"ttl_seconds": 60}
+    assert posted(stranger, wait=True, **other_way).json()["status"] == "ready"
+    posted(service, **joined_with)
+    expected = "ready", "pin" in joined_with, "ttl_seconds" in joined_with
+    assert state_at(stranger) == expected
+    time.sleep(0.2)  # some heartbeats
+    engine.hold_reading.clear()
+    wait_until(lambda: state_at(service) == expected)
+    assert state_at(stranger) == expected
+    assert len(engine.pinned) - len(engine.unpinned) == ("pin" in joined_with)
+
+
+def test_a_lifetime_that_another_server_lifted_ends_no_reading(servers: Servers) -> None:
+    (service, engine), (stranger, _) = servers
+    engine.hold_reading.set()
+    with ThreadPoolExecutor() as clients:
+        here = clients.submit(posted, service, ttl_seconds=0.5, wait=True)
+        time.sleep(0.1)
+        assert posted(stranger, wait=True).is_success
+        time.sleep(0.6)  # the lifetime is over
+        engine.hold_reading.clear()
+        assert here.result().json()["status"] == "ready"
+    assert engine.forgotten == []
+
+
+@pytest.mark.parametrize("lifetime", [None, 60])
+def test_a_refused_post_leaves_a_document_as_it_was(
+    lifetime: float | None, servers: Servers, wait_until: WaitUntil
+) -> None:
+    (service, engine), (stranger, _) = servers
+    assert posted(service, pin=True, ttl_seconds=lifetime, wait=True).is_success
+    before = state_at(service)
+    engine.refuse_with = FailedEvent("overloaded", "busy")
+    assert posted(service, ttl_seconds=0.3).status_code == 429
+    time.sleep(0.5)  # its lifetime is over
+    wait_until(lambda: len(engine.pinned) - len(engine.unpinned) == 1)
+    assert state_at(service) == state_at(stranger) == before
+    assert stranger.post("/generate", inputs="Why?", document_id="d").json()["generated_text"] == "textWhy?"
+    assert engine.forgotten == []
+    assert service.http.delete("/documents/d").is_success
+    assert len(engine.pinned) == len(engine.unpinned)
+
+
+def test_a_delete_between_a_posts_two_records_wins(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
+    (service, _), (stranger, _) = servers
+    save_tokens = documents.DocumentRecords.save_tokens
+    assert posted(service, wait=True).is_success
+
+    def then_deleted(*arguments: Any) -> None:
+        save_tokens(*arguments)
+        assert stranger.http.delete("/documents/d").is_success
+
+    monkeypatch.setattr(documents.DocumentRecords, "save_tokens", then_deleted)
+    assert posted(service, wait=True).status_code == 409
+    monkeypatch.undo()
+    for server in (service, stranger):
+        assert server.http.get("/documents/d").status_code == 404
+    assert posted(stranger, wait=True).is_success
+
+
+def test_a_state_written_late_does_not_bring_a_deleted_document_back(
+    servers: Servers, wait_until: WaitUntil, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (service, engine), _ = servers
+    monkeypatch.setattr(documents, "HEARTBEAT_SECONDS", 0.05)
+    save, writing = documents.DocumentRecords.save, Event()
+
+    def late(*arguments: Any) -> None:
+        first = not writing.is_set()
+        writing.set()
+        time.sleep(0.3 * first)
+        save(*arguments)
+
+    engine.hold_reading.set()
+    posted(service)
+    monkeypatch.setattr(documents.DocumentRecords, "save", late)
+    assert writing.wait(10)
+    assert service.http.delete("/documents/d").is_success
+    time.sleep(0.5)
+    assert service.http.get("/documents/d").status_code == 404
+
+
+@pytest.mark.parametrize("heartbeat", [0.05], indirect=True)
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_lifetime_of_what_another_server_deleted_is_nobodys(
+    replaced: bool, servers: Servers, wait_until: WaitUntil
+) -> None:
+    (service, engine), (stranger, _) = servers
+    old = (0, *ids("text")), ""
+    assert posted(service, ttl_seconds=3600, wait=True).is_success
+    assert stranger.http.delete("/documents/d").is_success
+    if replaced:
+        assert stranger.post("/documents", document="new text", document_id="d", wait=True).is_success
+    wait_until(lambda: engine.forgotten == [old])
+    time.sleep(0.2)  # some more looks
+    assert engine.forgotten == [old]
