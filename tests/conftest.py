@@ -8,8 +8,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import structlog
+from hypothesis import settings
 from redis_server import RedisServer, pick_port
 from waiting import wait_until
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -59,7 +59,7 @@ def test_an_imposed_share_of_the_drafts_is_accepted(bench_once: Callable[..., An
 def test_decode_reports_modes_and_names_peers_that_cannot_run(bench: Callable[..., Any]) -> None:
     peers = ("hf-dynamic", "hf-offloaded", "hf-static-graph", "raw-copy")
     flags = [flag for peer in peers for flag in ("--peer", peer)]
-    outcome = bench("decode", "--tokens", "512", "--new-tokens", "3", "--batch", "2", *flags)
+    outcome = bench("decode", "--tokens", "512", "--new-tokens", "12", "--batch", "2", *flags)
     assert set(outcome.rows) == {"resident", "hf-dynamic", "weights and KV through memory once"}
     for row in outcome.rows.values():
         assert row["tokens_per_second"] == pytest.approx(2 / row["seconds"])
@@ -71,7 +71,7 @@ def test_throughput_stops_where_memory_is_full(bench: Callable[..., Any], weight
     page = 256 * 2 * 3 * 32 * 4
     outcome = bench(
         "throughput",
-        *("--tokens", "512", "--new-tokens", "3", "--contexts", "1,2,3", "--gpu-kv-bytes", str(6 * page)),
+        *("--tokens", "512", "--new-tokens", "12", "--contexts", "1,2,3", "--gpu-kv-bytes", str(6 * page)),
     )
     assert set(outcome.rows) == {"resident, 1 contexts", "resident, 2 contexts"}
     assert "resident, 3 contexts" in outcome.line["left_out"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from asking import Events, ask, prompt, submit
+from asking import Events, ask, busy, prompt, submit
 from tiny_models import DEVICE, greedy_reference, tiny_model
 
 from aquifer.server.engine import reading, runner
@@ -45,7 +45,8 @@ def test_tokens_are_sent_beside_the_next_step_or_at_once(
         return results
 
     monkeypatch.setattr(engine._loop._runner, "step", watched)
-    events = submit(engine, ask(prompt(1, 20), 5))
+    with busy(engine):
+        events = submit(engine, ask(prompt(1, 20), 5))
     events.wait()
     # Neither the first token waits, nor the last.
     assert sent == ([(1, 1), (1, 2), (2, 3), (3, 4)] if beside else [(1, 1), (2, 2), (3, 3), (4, 4)])

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from asking import answer, ask, prompt, submit, text_of
+from asking import answer, ask, busy, prompt, submit, text_of
 from tiny_models import FAMILIES, greedy_reference, tiny_model
 
 from aquifer.cachestore.keys import chain_keys, make_namespace
@@ -109,7 +109,8 @@ def test_documents_off_the_device_are_reconstructed_as_many_at_a_time_as_there_i
         def watch(event: Event, engine: Engine = engine, staged: list[int] = staged) -> None:
             staged.append(engine.load().device_bytes["staging"])
 
-        asked = [submit(engine, ask(ids, 12, mode="streamed"), watch) for ids in prompts]
+        with busy(engine):
+            asked = [submit(engine, ask(ids, 12, mode="streamed"), watch) for ids in prompts]
         for ids, events in zip(prompts, asked, strict=True):
             assert events.finished.kv.mode == "streamed"
             assert events.tokens == greedy_reference(model, ids, 12)
@@ -173,7 +174,9 @@ def test_a_stored_document_is_streamed_to_several_users_at_once(make_engine: Mak
             running.append(engine.load().running)
 
     requests = [ask(document + prompt(70 + user, 20), 30, mode="streamed") for user in range(3)]
-    for events in [submit(engine, request, look) for request in requests]:
+    with busy(engine):
+        asked = [submit(engine, request, look) for request in requests]
+    for events in asked:
         events.wait()
     assert max(running) == 3
 

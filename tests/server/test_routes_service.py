@@ -201,7 +201,6 @@ def test_generated_requests_get_the_answers_the_specification_promises(
 
         @settings(
             max_examples=15,
-            deadline=None,
             derandomize=True,
             database=None,
             phases=[Phase.generate],

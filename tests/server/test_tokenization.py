@@ -43,7 +43,7 @@ def reference(text: str) -> tuple[int, ...]:
 
 
 @given(st.lists(WORDS, max_size=60).map("".join))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_pieces_give_the_ids_of_one_call(text: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenization, "PIECE_CHARS", 5)

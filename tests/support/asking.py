@@ -7,7 +7,8 @@ import random
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from aquifer.server.engine.engine import Engine
@@ -94,6 +95,17 @@ def submit(
     events = Events(on_event)
     engine.submit(request, events)
     return events
+
+
+@contextmanager
+def busy(engine: Engine) -> Iterator[None]:
+    """The engine's thread is kept busy, so that what is submitted meanwhile begins together afterwards."""
+    go_on = threading.Event()
+    engine._inbox.put(lambda: go_on.wait(30))
+    try:
+        yield
+    finally:
+        go_on.set()
 
 
 def answer(engine: Engine, request: GenerateRequest) -> tuple[list[int], FinishedEvent]:
