@@ -27,8 +27,8 @@ _PREFIX = b"aquifer:r:"
 _INDEX = b"aquifer:record-names"
 _EPOCH = ""
 _EXPIRY = struct.Struct("<d")
-# Added to the time of a put without a lifetime. At this size a float still tells 0.3 ms apart.
-_NEVER = 2.0**40
+# Added to the time of a put without a lifetime. At this size a float still tells microseconds apart.
+_NEVER = 2.0**32
 BELIEVED_SECONDS = 7 * 24 * 3600.0
 MAX_UNSENT = 100_000
 

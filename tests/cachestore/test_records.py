@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import time
 from typing import Any
 
@@ -190,6 +191,19 @@ def test_an_evicted_record_comes_back(lifetime: float | None, redis_server: Any,
     assert there.get("name") is None, "its copy is of the put before"
     assert here.get("name") == there.get("name") == b"blob"
     assert there.list("") == ["name"]
+
+
+def test_two_puts_right_after_each_other_are_told_apart(
+    redis_server: Any, make_link: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = (RecordStore(make_link(redis_server.url)) for _ in range(2))
+    clock = itertools.count(time.time(), 10e-6)
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    there.put("name", b"older", None)
+    here.put("name", b"newer", None)
+    with Redis(port=redis_server.port) as raw:
+        raw.delete("aquifer:r:name")
+    assert there.get("name") is None
 
 
 @pytest.mark.parametrize("reborn", [False, True])
