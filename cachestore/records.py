@@ -89,12 +89,12 @@ class RecordStore:
             if value is None and copy is not None and _lost(copy, expires_at, epoch, now):
                 self._send(name)
                 return copy.blob
-            self._drop(name)
-            copy = _parsed(value, now, epoch)
-            if copy is None:
+            found = _parsed(value, now, epoch)
+            if found is None:
+                self._drop(name)
                 return None
-            self._keep(name, copy)
-            return copy.blob
+            self._keep(name, found)
+            return found.blob
 
     def delete(self, name: str) -> bool:
         """Forget a record; say whether there was one."""
@@ -149,26 +149,23 @@ class RecordStore:
 
     def _send_unsent(self) -> None:
         for name in list(self._unsent):
-            copy = self._live_copy(name)
+            copy, now = self._live_copy(name), time.time()
             if copy is None:
                 # In this order: a value that only the index knows of counts as evicted.
-                forgotten: list[Command] = [("ZREM", _INDEX, name), ("DEL", _key(name))]
-                if self._ask(forgotten) is None:
-                    return
+                commands: Sequence[Command] = [("ZREM", _INDEX, name), ("DEL", _key(name))]
             else:
-                now = time.time()
-                until = (
-                    () if copy.expires_at > _NEVER else ("PX", max(1, int((copy.expires_at - now) * 1000)))
-                )
-                kept: list[Command] = [
+                lifetime = copy.expires_at - now
+                until = () if copy.expires_at > _NEVER else ("PX", max(1, int(lifetime * 1000)))
+                commands = [
                     ("ZADD", _INDEX, "NX", repr(_NEVER + now), _EPOCH),
                     ("SET", _key(name), _EXPIRY.pack(copy.expires_at) + copy.blob, *until),
                     ("ZADD", _INDEX, repr(copy.expires_at), name),
                     ("ZSCORE", _INDEX, _EPOCH),
                 ]
-                replies = self._ask(kept)
-                if replies is None:
-                    return
+            replies = self._ask(commands)
+            if replies is None:
+                return
+            if copy is not None:
                 copy.confirmed_at, copy.epoch = now, _score(replies[-1])
             del self._unsent[name]
 

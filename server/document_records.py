@@ -99,6 +99,14 @@ class DocumentRecords:
             self.save(now)
         return now
 
+    def finish(self, document: Document) -> Document | None:
+        """As `update`, at the end of a reading: a document whose tokens are gone was deleted, too."""
+        now = self.update(document)
+        if now is None or self.tokens(now) is not None:
+            return now
+        self._delete_state(*now.place)
+        return None
+
     def save_tokens(self, document: Document, packed: bytes) -> None:
         """Keep a document's tokens, as `pack` gives them, as long. Raises ValueError if they are too many."""
         self._put(document, "tokens", packed)
@@ -118,10 +126,7 @@ class DocumentRecords:
     def delete(self, tenant: str, document_id: str) -> None:
         # In this order: whoever writes the state meanwhile finds no tokens afterwards.
         self._records.delete(self._name(tenant, "tokens", document_id))
-        self.delete_state(tenant, document_id)
-
-    def delete_state(self, tenant: str, document_id: str) -> None:
-        self._records.delete(self._name(tenant, "state", document_id))
+        self._delete_state(tenant, document_id)
 
     def all(self, tenant: str | None = None) -> list[Document]:
         """All documents, or those of one tenant."""
@@ -132,6 +137,9 @@ class DocumentRecords:
     def touch(self) -> None:
         """To be called now and then, see RecordStore.touch."""
         self._records.touch()
+
+    def _delete_state(self, tenant: str, document_id: str) -> None:
+        self._records.delete(self._name(tenant, "state", document_id))
 
     def _put(self, document: Document, part: str, blob: bytes) -> None:
         lifetime = None if document.expires is None else document.expires - time.time()

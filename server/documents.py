@@ -171,11 +171,11 @@ class Documents:
             document = await self._check(place)
             if document is None:
                 raise UnknownDocumentError(document_id)
-            pin = self._held.pinned(place)
-            packed = pin.packed if pin else await asyncio.to_thread(self._records.tokens, document)
-            await self._stop(place)
+            held = self._held.held(place)
+            packed = held.packed if held else await asyncio.to_thread(self._records.tokens, document)
+            await self._end(place)
+            await self._held.let_go(place)
             await asyncio.to_thread(self._records.delete, tenant, document_id)
-            await self._held.unpin(place)
             return await self._held.forget(packed, document.salt) if packed is not None else 0
 
     async def close(self) -> None:
@@ -227,13 +227,8 @@ class Documents:
             saved = None
             while kept is not None and saved != reading.document:  # a post that joins changes its lifetime
                 saved, kept = reading.document, await self._save(reading)
-                if kept is not None and await asyncio.to_thread(self._records.tokens, kept) is None:
-                    # Another server deleted the document while its state was written.
-                    await asyncio.to_thread(self._records.delete_state, *place)
-                    kept = None
             if kept is None:
-                self._held.unschedule(place)
-                await self._held.unpin(place)
+                await self._held.let_go(place)
                 await asyncio.to_thread(self._engine.forget, request.token_ids, document.salt)
             elif restored:
                 await self._hold(kept, pack(token_ids))
@@ -248,7 +243,8 @@ class Documents:
 
         async def save() -> Document | None:
             async with reading.saving:
-                return await asyncio.to_thread(self._records.update, reading.document)
+                keep = self._records.finish if reading.ending else self._records.update
+                return await asyncio.to_thread(keep, reading.document)
 
         return await asyncio.shield(save())  # a thread goes on when nobody waits for it any more
 
@@ -284,12 +280,8 @@ class Documents:
         document = await self._find(place)
         return document is None or document.status == "failed"
 
-    async def _stop(self, place: Place) -> None:
-        """End the reading of a document and its expiry, if this process has them."""
-        await self._end(place)
-        self._held.unschedule(place)
-
     async def _end(self, place: Place) -> None:
+        """End the reading of a document, if this process reads it."""
         reading = self._readings.get(place)
         if reading is not None:
             if not reading.ending:
@@ -313,8 +305,8 @@ class Documents:
                 self._held.schedule(same, held.packed)
                 return
             if current is None or same is not None:  # or else the id is another text's by now
-                await self._stop(place)
-                await self._held.unpin(place)
+                await self._end(place)
+                await self._held.let_go(place)
             deleted = await self._held.forget(held.packed, expired.salt)
         log.info("document expired", document_id=expired.document_id, deleted_segments=deleted)
 
@@ -356,8 +348,7 @@ class Documents:
         if held is None:
             return document
         if document is None or document.digest != held.document.digest:
-            self._held.unschedule(place)
-            await self._held.unpin(place)
+            await self._held.let_go(place)
             await self._held.forget(held.packed, held.document.salt)
         elif not document.pinned:
             await self._held.unpin(place)

@@ -42,9 +42,6 @@ class HeldDocuments:
         """Of all that is pinned, or has a lifetime."""
         return self._pins.keys() | self._expiries.keys()
 
-    def pinned(self, place: Place) -> Held | None:
-        return self._pins.get(place)
-
     def held(self, place: Place) -> Held | None:
         """What is pinned here, or has a lifetime that is not over."""
         expiry = self._expiries.get(place)
@@ -65,29 +62,34 @@ class HeldDocuments:
         if pin is not None:
             await asyncio.to_thread(self._engine.unpin, self._bos + unpack(pin.packed), pin.document.salt)
 
+    async def let_go(self, place: Place) -> None:
+        """Lift a document's pin and forget its lifetime, if this process has them."""
+        self._unschedule(place)
+        await self.unpin(place)
+
     async def forget(self, packed: bytes, salt: str) -> int:
         """Delete KV in every tier; returns the segments deleted."""
         return await asyncio.to_thread(self._engine.forget, self._bos + unpack(packed), salt)
 
     def schedule(self, document: Document, packed: bytes) -> None:
         """Let a document expire when its lifetime, as it is now, is over."""
-        self.unschedule(document.place)
+        self._unschedule(document.place)
         if document.expires is not None:
             lifetime = max(0.0, document.expires - time.time())
             timer = asyncio.get_running_loop().call_later(lifetime, self._expire, Held(document, packed))
             self._expiries[document.place] = _Expiry(document, packed, timer)
 
-    def unschedule(self, place: Place) -> None:
-        expiry = self._expiries.pop(place, None)
-        if expiry is not None:
-            expiry.timer.cancel()
-
     async def close(self) -> None:
         """Let nothing expire any more."""
         for place in list(self._expiries):
-            self.unschedule(place)
+            self._unschedule(place)
         if self._expiring:
             await asyncio.wait(self._expiring)
+
+    def _unschedule(self, place: Place) -> None:
+        expiry = self._expiries.pop(place, None)
+        if expiry is not None:
+            expiry.timer.cancel()
 
     def _expire(self, held: Held) -> None:
         task = asyncio.ensure_future(self._expired(held))

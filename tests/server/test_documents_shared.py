@@ -40,6 +40,10 @@ def servers(heartbeat: float, redis_server: Any) -> Iterator[Servers]:
         yield [(one, engines[0]), (two, engines[1])]
 
 
+def posted(server: RunningService, **fields: Any) -> httpx.Response:
+    return server.post("/documents", document="text", document_id="d", **fields)
+
+
 def test_another_server_on_the_same_redis_answers_by_id(redis_server: Any) -> None:
     first, second = (FakeEngine(tiny_tokenizer().decode) for _ in range(2))
     with running_service(first, redis_url=redis_server.url) as service:
@@ -136,23 +140,20 @@ def test_a_post_of_the_same_text_to_another_server_lets_both_read(
 ) -> None:
     (service, engine), (stranger, other) = servers
 
-    def post(server: RunningService, **fields: Any) -> httpx.Response:
-        return server.post("/documents", document="text", document_id="d", wait=True, **fields)
-
     engine.hold_reading.set()
     with ThreadPoolExecutor() as clients:
-        here = clients.submit(post, service)
+        here = clients.submit(posted, service, wait=True)
         wait_until(lambda: bool(engine.requests))
         if first_ends == "there":
-            there = clients.submit(post, stranger, ttl_seconds=60)
+            there = clients.submit(posted, stranger, wait=True, ttl_seconds=60)
             assert there.result().json()["status"] == "ready"
         elif first_ends == "here":
             other.hold_reading.set()
-            there = clients.submit(post, stranger, ttl_seconds=60)
+            there = clients.submit(posted, stranger, wait=True, ttl_seconds=60)
             wait_until(lambda: bool(other.requests))
         else:
             other.refuse_with = FailedEvent("overloaded", "busy")
-            there = clients.submit(post, stranger, ttl_seconds=60)
+            there = clients.submit(posted, stranger, wait=True, ttl_seconds=60)
             assert there.result().status_code == 429
         time.sleep(0.2)  # some heartbeats
         engine.hold_reading.clear()
@@ -197,10 +198,6 @@ def test_progress_is_visible_from_another_server(servers: Servers, wait_until: W
     service.post("/documents", document="Crate 12 left.", document_id="d")
     wait_until(lambda: stranger.document_status("d") == "reading")
     assert stranger.http.get("/documents/d").json()["progress"] > 0
-
-
-def posted(server: RunningService, **fields: Any) -> httpx.Response:
-    return server.post("/documents", document="text", document_id="d", **fields)
 
 
 def state_at(server: RunningService) -> tuple[str, bool, bool]:
@@ -274,16 +271,16 @@ def test_a_delete_between_a_posts_two_records_wins(servers: Servers, monkeypatch
         save_tokens(*arguments)
         assert stranger.http.delete("/documents/d").is_success
 
-    monkeypatch.setattr(documents.DocumentRecords, "save_tokens", then_deleted)
-    assert posted(service, wait=True).status_code == 409
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(documents.DocumentRecords, "save_tokens", then_deleted)
+        assert posted(service, wait=True).status_code == 409
     for server in (service, stranger):
         assert server.http.get("/documents/d").status_code == 404
     assert posted(stranger, wait=True).is_success
 
 
 def test_a_state_written_late_does_not_bring_a_deleted_document_back(
-    servers: Servers, wait_until: WaitUntil, monkeypatch: pytest.MonkeyPatch
+    servers: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (service, engine), _ = servers
     monkeypatch.setattr(documents, "HEARTBEAT_SECONDS", 0.05)
