@@ -19,6 +19,7 @@ from aquifer.benchmarks.plain_kernels import CHUNK_TOKENS
 from aquifer.benchmarks.roofline import Kernel, Limit
 from aquifer.kernels.attention import attend, attend_in_pieces
 from aquifer.kernels.triton.attention import PAGE_TOKENS, attend_pages, merge_parts
+from aquifer.kernels.triton.greedy import most_likely
 from aquifer.kernels.triton.norms import add_rms_norm, rms_norm, swiglu
 from aquifer.kernels.triton.rope import rotate_and_store
 
@@ -156,12 +157,31 @@ def _norms(shape: Shape, rows: int, suffix: str) -> list[Kernel]:
     ]
 
 
+def token_choices(shape: Shape) -> list[Kernel]:
+    """What follows the last layer of a decode step."""
+    return [_most_likely(shape, "1 row", 1), _most_likely(shape, f"{BATCH} rows", BATCH)]
+
+
+def _most_likely(shape: Shape, suffix: str, rows: int) -> Kernel:
+    read = float(rows * shape.vocabulary * torch.float32.itemsize)
+
+    def layer() -> Callable[[], object]:
+        ids = torch.empty(rows, dtype=torch.int32, device=shape.device)
+        logits = torch.randn(rows, shape.vocabulary, device=shape.device)
+        return partial(most_likely, logits, ids, torch.empty(rows, device=shape.device))
+
+    return Kernel(
+        f"most likely token, {suffix}", shape.layers(read, layer), {Limit.MEMORY: read, Limit.START: 2}
+    )
+
+
 GROUPS: Mapping[str, Callable[[Shape], list[Kernel]]] = {
     "codec": partial(codec_kernels, integers=False),
     "codec in integers": partial(codec_kernels, integers=True),
     "attention over pages": page_kernels,
     "attention of prefill": prefill_kernels,
     "layers": layer_kernels,
+    "choice of tokens": token_choices,
     "tokens encoded for selection": token_kernels,
     "selection": selection_kernels,
     "rows of the trace": found_kernels,

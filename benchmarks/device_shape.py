@@ -35,6 +35,7 @@ class Shape:
     query_heads: int
     hidden: int
     intermediate: int
+    vocabulary: int
     tokens: int
     device: torch.device
     cold_bytes: int = COLD_BYTES
@@ -47,6 +48,7 @@ class Shape:
             config.num_attention_heads,
             config.hidden_size,
             config.intermediate_size,
+            config.vocab_size,
             tokens,
             subject.device,
         )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aquifer.kernels import attention, norms, rope
+from aquifer.kernels import attention, greedy, norms, rope
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Backend:
         [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]
     ]
     attend_pages: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    most_likely: Callable[[Tensor, Tensor, Tensor], None]
 
 
 PLAIN = Backend(
@@ -39,6 +40,7 @@ PLAIN = Backend(
     swiglu=norms.swiglu,
     rotate_and_store=rope.rotate_and_store,
     attend_pages=attention.attend_pages,
+    most_likely=greedy.most_likely,
 )
 
 
@@ -51,6 +53,7 @@ def backend_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> Back
 def triton_backend() -> Backend:
     """The kernels. Imports Triton, which must be there."""
     from aquifer.kernels.triton import attention as paged
+    from aquifer.kernels.triton import greedy as best
     from aquifer.kernels.triton import norms as fused
     from aquifer.kernels.triton import rope as rotation
 
@@ -61,4 +64,5 @@ def triton_backend() -> Backend:
         swiglu=fused.swiglu,
         rotate_and_store=rotation.rotate_and_store,
         attend_pages=paged.attend_pages,
+        most_likely=best.most_likely,
     )

@@ -95,10 +95,11 @@ def _attend_split(
     total = tl.zeros([ROWS], dtype=tl.float32)
     out = tl.zeros([ROWS, HEAD_DIM], dtype=tl.float32)
     for block in range(first, last):
-        token = block * BLOCK + tl.arange(0, BLOCK)
+        start = block * BLOCK
+        token = start + tl.arange(0, BLOCK)
         valid = token < longest
-        page = tl.load(block_tables + token // PAGE, mask=valid, other=0)
-        place = (page.to(tl.int64) * PAGE + token % PAGE)[:, None] * HEAD_DIM + channel[None, :]
+        page = tl.load(block_tables + start // PAGE).to(tl.int64)  # a block lies in one page
+        place = (page * PAGE + token % PAGE)[:, None] * HEAD_DIM + channel[None, :]
         k = tl.load(keys + place, mask=valid[:, None], other=0.0)
         score = tl.dot(q, tl.trans(k), input_precision="ieee") * SCORE_SCALE
         score = tl.where(token[None, :] < length[:, None], score, float("-inf"))
@@ -268,7 +269,7 @@ def attend_pages(
         PAGE=PAGE_TOKENS,
         BLOCK=block_tokens,
         # More rows, or float32, spill registers with four.
-        num_warps=4 if q.element_size() == 2 and rows <= 64 else 8,
+        num_warps=4 if rows <= 64 and (q.element_size() == 2 or head_dim < 64) else 8,
         num_stages=3,
     )
     out = torch.empty(queries, num_q_heads, head_dim, dtype=q.dtype, device=q.device)
@@ -286,7 +287,7 @@ def attend_pages(
         BLOCK=block_tokens,
         SPLITS=triton.next_power_of_2(splits),
         TOKENS=tile,
-        num_warps=4,
+        num_warps=2 if head_dim <= 128 else 4,
     )
     return out, lse
 

@@ -146,11 +146,9 @@ class GraphedStep:
             return self._attention.attend(layer, q)
 
         hidden = self._adapter.forward(self._ids[:bucket], self._positions[:bucket], attend, rotate)
-        logits = self._logits[:bucket].copy_(self._adapter.logits(hidden))
-        best = logits.argmax(dim=-1, keepdim=True)  # of equal ones the first
-        logprobs = logits.gather(1, best) - logits.logsumexp(dim=-1, keepdim=True)
-        self._best[0, :bucket] = best[:, 0]
-        self._best[1, :bucket] = logprobs[:, 0].view(torch.int32)
+        logits = self._adapter.logits(hidden, self._logits[:bucket])
+        ids, logprobs = self._best[:, :bucket]
+        self._adapter.backend.most_likely(logits, ids, logprobs.view(torch.float32))
 
     def _read(self, rows: Sequence[Rows]) -> list[StepResult]:
         """As `ModelRunner.step`."""

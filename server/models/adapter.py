@@ -103,9 +103,11 @@ class DecoderAdapter:
         return (hidden if delta is None else hidden + delta)[0]
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [N, hidden] as `forward` returned it. Returns [N, vocab] float32."""
-        return self._model.get_output_embeddings()(self._final_norm(hidden)).float()
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """hidden: [N, hidden] as `forward` returned it; out: where to write them, or a new tensor.
+        Returns [N, vocab] float32."""
+        logits: Tensor = self._model.get_output_embeddings()(self._final_norm(hidden))
+        return logits.float() if out is None else out.copy_(logits)
 
     @torch.inference_mode()
     def rope_table(self, positions: Tensor) -> tuple[Tensor, Tensor]:

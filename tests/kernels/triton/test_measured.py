@@ -35,7 +35,8 @@ def shape_of(device: torch.device, head_dim: int) -> Shape:
     # The interpreter truncates to bfloat16 where a device rounds.
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
     spec = KVSpec(num_layers=2, num_kv_heads=2, head_dim=head_dim, dtype=dtype, rope="")
-    return Shape(spec, query_heads=8, hidden=96, intermediate=160, tokens=300, device=device, cold_bytes=0)
+    sizes = {"query_heads": 8, "hidden": 96, "intermediate": 160, "vocabulary": 3000, "tokens": 300}
+    return Shape(spec, **sizes, device=device, cold_bytes=0)
 
 
 def test_every_row_runs_and_every_kernel_is_in_one(shape: Shape, launched: list[str]) -> None:

@@ -32,3 +32,4 @@ def test_logits_equal_those_of_plain_operations(
     for one, other in zip(*logits, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     assert {"_rms_norm", "_swiglu", "_rotate_store", "_attend_split", "_merge_splits"} <= set(launched)
+    assert {"_find_best", "_join_best"} <= set(launched)
