@@ -62,9 +62,19 @@ def segments_in(server: RedisServer) -> set[bytes]:
         return set(stored.scan_iter("aquifer:s:*", count=1000))
 
 
+def settled(server: RedisServer) -> set[bytes]:
+    """What stands in Redis once no more arrives: documents that were read before are written there behind
+    their answers, and a queue that they fill drops what comes next."""
+    before, found = None, segments_in(server)
+    while found != before:
+        time.sleep(0.2)
+        before, found = found, segments_in(server)
+    return found
+
+
 def ask_and_store(service: ServiceProcess, server: RedisServer, text: str) -> tuple[Answer, list[bytes]]:
     """The cold answer, and the names under which the document's records stand in Redis."""
-    before = segments_in(server)
+    before = settled(server)
     answer = ask(service, text)
     records = answer.prompt_tokens // 256 + 1  # the first tokens have a record of their own
     wait_until(lambda: len(segments_in(server) - before) == records, poll_seconds=0.02)
