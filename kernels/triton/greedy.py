@@ -61,7 +61,7 @@ def most_likely(logits: Tensor, ids: Tensor, logprobs: Tensor, *, block: int = 1
     """Find the most likely token of each row, of equal ones the first, and its log probability.
 
     logits: float32 [N, V]; ids: int32 [N] and logprobs: float32 [N], where to write them
-    block: logits per program, a power of two. The default is to be measured.
+    block: logits per program, a power of two
     Twin: aquifer.kernels.greedy.most_likely.
     """
     expect("logits", logits, (None, None), torch.float32)
