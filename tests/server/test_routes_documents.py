@@ -141,8 +141,8 @@ def test_a_refused_document_has_the_refusals_status(
 def test_an_expired_document_is_gone_and_leaves_the_tiers(
     service: RunningService, engine: FakeEngine, wait_until: WaitUntil
 ) -> None:
-    service.post("/documents", document="text", document_id="d", ttl_seconds=0.3, pin=True, wait=True)
-    assert service.http.get("/documents/d").json()["expires"] is not None
+    fields = {"document": "text", "document_id": "d", "ttl_seconds": 1.0, "pin": True, "wait": True}
+    assert service.post("/documents", **fields).json()["expires"] is not None
     wait_until(lambda: service.http.get("/documents/d").status_code == 404)
     wait_until(lambda: engine.forgotten == [((0, *ids("text")), "")])
     assert service.post("/generate", inputs="a", document_id="d").status_code == 404
@@ -159,11 +159,11 @@ def test_posts_of_what_is_being_read_join_it_and_set_its_lifetime(
         )
 
     with ThreadPoolExecutor(max_workers=4) as clients:
-        first = clients.submit(post, 0.5)
+        first = clients.submit(post, 2.0)
         wait_until(lambda: bool(engine.requests))
         others = [clients.submit(post, 60.0) for _ in range(3)]
         wait_until(lambda: len(engine.pinned) == 4)
-        time.sleep(0.6)  # the first post's lifetime is over
+        time.sleep(2.1)  # the first post's lifetime is over
         engine.hold_reading.clear()
         answers = [future.result() for future in (first, *others)]
     assert [answer.json()["status"] for answer in answers] == ["ready"] * 4
@@ -222,9 +222,9 @@ def test_a_pinned_document_that_cannot_be_read_is_let_go(service: RunningService
 
 
 def test_posting_again_sets_the_lifetime_anew(service: RunningService, engine: FakeEngine) -> None:
-    service.post("/documents", document="text", document_id="d", ttl_seconds=0.3, wait=True)
+    service.post("/documents", document="text", document_id="d", ttl_seconds=2.0, wait=True)
     service.post("/documents", document="text", document_id="d", wait=True)
-    time.sleep(0.5)
+    time.sleep(2.2)
     assert service.http.get("/documents/d").json()["expires"] is None
     assert engine.forgotten == []
 
