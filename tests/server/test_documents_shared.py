@@ -107,8 +107,8 @@ def test_a_post_finds_out_what_another_server_did_to_what_is_read_here(
     if replaced:
         assert stranger.post("/documents", document="new text", document_id="d", wait=True).is_success
     conflicts = replaced and text == "old text"
-    posted = service.post("/documents", document=text, document_id="d", pin=True)
-    assert posted.status_code == (409 if conflicts else 202)
+    again = service.post("/documents", document=text, document_id="d", pin=True)
+    assert again.status_code == (409 if conflicts else 202)
     engine.hold_reading.clear()
     wait_until(lambda: service.document_status("d") == "ready")
     now = "new text" if replaced else text
