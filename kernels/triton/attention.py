@@ -243,7 +243,7 @@ def attend_pages(
     if block_tokens is None:
         block_tokens = max(16, min(64, BLOCK_BYTES // (head_dim * q.element_size())))
         block_tokens *= 2 if rows >= TILE_ROWS and tile > 1 else 1
-    expect_power_of_two("block_tokens", block_tokens, 16, 256)
+    expect_power_of_two("block_tokens", block_tokens, 16, PAGE_TOKENS)
     blocks = block_tables.shape[1] * PAGE_TOKENS // block_tokens
     if splits is None:
         splits = (PROGRAMS if tile == 1 else TILE_PROGRAMS) // (tiles * num_heads)
@@ -268,7 +268,7 @@ def attend_pages(
         HEAD_DIM=head_dim,
         PAGE=PAGE_TOKENS,
         BLOCK=block_tokens,
-        # More rows, or float32, spill registers with four.
+        # More rows, or float32 in heads of 64 and more, spill registers with four.
         num_warps=4 if rows <= 64 and (q.element_size() == 2 or head_dim < 64) else 8,
         num_stages=3,
     )
