@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 _RENEW_SECONDS = 600.0
 """How often, at most, Redis hears that a prompt's records are in use; seldom beside their lifetime."""
 
+_RENEW_AFTER_SECONDS = 1.0
+"""At most. Hundreds of commands take the interpreter from whatever follows a prompt's use, such as the next
+restore; and a prompt that is used again in that time is renewed once."""
+
 _RENEWED_PROMPTS = 10_000
 """Of which it is known when their records in Redis were renewed."""
 
@@ -65,6 +69,9 @@ class TieredStore:
         self._renew_seconds = min(_RENEW_SECONDS, lifetime / 8) if lifetime else _RENEW_SECONDS
         self._renewed: OrderedDict[SegmentKey, float] = OrderedDict()
         """When, by a prompt's last record."""
+        self._to_renew: set[SegmentKey] = set()
+        """Those that are about to be."""
+        self._closing = threading.Event()
         self._renewing = ThreadPoolExecutor(1, thread_name_prefix="redis-renew")
         self._write_behind: WriteBehind | None = None
         if redis is not None:
@@ -121,23 +128,26 @@ class TieredStore:
             return lease, is_new or queued
         return lease, is_new
 
-    def used(self, keys: Sequence[SegmentKey], *, at_once: bool = False) -> None:
+    def used(self, keys: Sequence[SegmentKey], *, again: bool = False) -> None:
         """Say that a prompt's records were used, wherever they were: in Redis their lifetime begins anew, and
-        what it lost is written again, if RAM has it. Returns at once.
+        what it lost is written again, if RAM has it. Returns at once; that is done a second later.
 
-        at_once: whether or not that was done lately.
+        again: even if that was done lately; but once for what is asked within a second.
         """
         if self.redis is None or self._write_behind is None or not keys:
             return
         now = time.monotonic()
         with self._lock:
-            if now - self._renewed.get(keys[-1], -self._renew_seconds) < self._renew_seconds and not at_once:
+            lately = now - self._renewed.get(keys[-1], -self._renew_seconds) < self._renew_seconds
+            if keys[-1] in self._to_renew or (lately and not again):
                 return
+            self._to_renew.add(keys[-1])
             self._renewed[keys[-1]] = now
             self._renewed.move_to_end(keys[-1])
             if len(self._renewed) > _RENEWED_PROMPTS:
                 self._renewed.popitem(last=False)
-        self._renewing.submit(self._renew, self.redis, self._write_behind, list(keys))
+        due = now + min(_RENEW_AFTER_SECONDS, self._renew_seconds / 2)
+        self._renewing.submit(self._renew, self.redis, self._write_behind, list(keys), due)
 
     def delete(self, keys: Sequence[SegmentKey]) -> int:
         """Forget records in every tier; return how many there were."""
@@ -181,6 +191,7 @@ class TieredStore:
 
     def close(self) -> None:
         """Drain the writes for a bounded time, then close every tier."""
+        self._closing.set()
         self._renewing.shutdown(cancel_futures=True)
         if self._write_behind is not None:
             self._write_behind.close(self._close_seconds)
@@ -188,7 +199,12 @@ class TieredStore:
             self.redis.close()
         self.ram.close()
 
-    def _renew(self, redis: RedisTier, write_behind: WriteBehind, keys: Sequence[SegmentKey]) -> None:
+    def _renew(
+        self, redis: RedisTier, write_behind: WriteBehind, keys: Sequence[SegmentKey], due: float
+    ) -> None:
+        self._closing.wait(max(0.0, due - time.monotonic()))
+        with self._lock:
+            self._to_renew.discard(keys[-1])
         here = redis.renew(keys)
         if here is None:  # down: next time
             with self._lock:

@@ -371,7 +371,7 @@ class StepLoop:
         state.finish(reason, prompt_usage(parts.codec, parts.raw, prompt_tokens, state.plan.mode))
         found = state.tokens_by_source
         if found["gpu"] + found["ram"] and state.request.store and not state.forgotten:
-            parts.store.used(state.keys.records, at_once=state.request.prompt_only)
+            parts.store.used(state.keys.records, again=state.request.prompt_only)
 
     def _fail(self, state: RequestState, error: Exception) -> None:
         log.error("request failed", request_id=state.request.request_id, exc_info=error)

@@ -243,9 +243,22 @@ def test_what_is_used_in_ram_lives_on_in_redis(redis_server: Any, make_store: An
     store.used(KEYS[:3])  # lately
     store.used(KEYS[3:4])
     wait_until(lambda: sum(left > 60_000 for left in lifetimes(redis_server)) == 1)
-    store.used(KEYS[:3], at_once=True)
+    store.used(KEYS[:3], again=True)
     wait_until(lambda: sum(left > 60_000 for left in lifetimes(redis_server)) == 4)
     assert store.stats()[0].hits == 0 and store.ram.open_leases == 0
+
+
+def test_what_is_used_again_and_again_is_renewed_once(
+    redis_server: Any, make_store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(redis_server.url)
+    renewed: list[Any] = []
+    monkeypatch.setattr(store.redis, "renew", renewed.append)
+    for _ in range(5):
+        store.used(KEYS[:3], again=True)
+        store.used(KEYS[:1], again=True)
+    store._renewing.submit(lambda: None).result()
+    assert renewed == [list(KEYS[:3]), list(KEYS[:1])]
 
 
 def test_what_redis_lost_is_written_again_when_it_is_used(
